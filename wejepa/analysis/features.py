@@ -1,0 +1,105 @@
+"""What an encoder has learnt, in numbers: features, nearest neighbours, effective rank, and a picture of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wejepa.errors import ConfigError
+
+__all__ = [
+    "POOLINGS",
+    "extract_backbone_features",
+    "extract_tokens",
+    "knn_accuracy",
+    "pool_tokens",
+    "rankme",
+    "run_tsne_projection",
+    "teacher_variance",
+]
+
+POOLINGS = ("mean", "grid")
+
+
+@torch.no_grad()
+def extract_tokens(encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
+    """The tokens (N, P, D), float32 on the CPU, that `encode` gives for batches of images."""
+    return torch.cat([encode(images).float().cpu() for images in batches])
+
+
+def pool_tokens(tokens: Tensor, grid_size: tuple[int, int], pooling: str, cells: int = 4) -> Tensor:
+    """One vector an image from its tokens (B, N, D).
+
+    Args:
+        grid_size: patches down and across, (H, W).
+        pooling: "mean" over all tokens, (B, D); or "grid", the mean over each cell of a coarse grid, (B, cells * cells * D),
+            which keeps where things are.
+        cells: cells down and across the coarse grid.
+    """
+    if pooling == "mean":
+        return tokens.mean(1)
+    if pooling == "grid":
+        plane = tokens.transpose(1, 2).unflatten(2, grid_size)  # (B, D, H, W)
+        return F.adaptive_avg_pool2d(plane, cells).flatten(1)
+    raise ConfigError(f"pooling = {pooling!r}: give one of {', '.join(POOLINGS)}")
+
+
+def extract_backbone_features(model, source, index: Tensor | None = None, *, encoder: str = "teacher", pooling: str = "mean", batch_size: int = 500):
+    """Pooled features (N, F) of images under a model's encoder.
+
+    Args:
+        model: an `IJEPA_base`.
+        source: from `wejepa.data.load_images`.
+        index: which images, all by default.
+        encoder: "teacher" (as the paper evaluates) or "student".
+        pooling: "mean" or "grid", see `pool_tokens`.
+        batch_size: images per forward pass.
+    """
+    index = torch.arange(len(source)) if index is None else index
+    tokens = extract_tokens(lambda images: model.encode(images, encoder=encoder), source.batches(index, batch_size))
+    return pool_tokens(tokens, model.cfg.grid_size, pooling)
+
+
+def knn_accuracy(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20) -> float:
+    """Share of test vectors whose k nearest training vectors vote for their class.
+
+    Nearness is the cosine, and a vote weighs exp(cosine / 0.07), as in Wu et al. (2018).
+
+    Args:
+        train_x, test_x: vectors (N, F).
+        train_y, test_y: their classes (N,).
+    """
+    train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
+    hits, classes = 0, int(train_y.max()) + 1
+    for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):
+        cosine, index = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)
+        votes = torch.zeros(len(x), classes).scatter_add_(1, train_y[index], (cosine / 0.07).exp())
+        hits += int((votes.argmax(1) == y).sum())
+    return hits / len(test_y)
+
+
+def rankme(features: Tensor) -> float:
+    """Effective rank of features (N, F): the exponential of the entropy of the normalised singular values (Garrido et al., 2023)."""
+    s = torch.linalg.svdvals(features.float())
+    p = s / s.sum().clamp(min=1e-12) + 1e-7
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def teacher_variance(tokens: Tensor) -> float:
+    """Variance over the batch at a fixed position of layer-normalised tokens (B, N, D), averaged over positions and features.
+
+    Near 0 every image gives the same representation: collapse. At 1 what a token says is all content, no position.
+    """
+    return float(F.layer_norm(tokens.float(), tokens.shape[-1:]).var(0).mean())
+
+
+def run_tsne_projection(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> Tensor:
+    """Features (N, F) on a plane, (N, 2), by t-SNE after a principal-component start (needs scikit-learn)."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(perplexity, (len(features) - 1) / 3)
+    plane = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features.float().numpy())
+    return torch.from_numpy(plane)

@@ -1,0 +1,355 @@
+"""Every setting of wejepa: five small sections, checked when set, and the presets.
+
+Nothing here imports torch, so reading, printing and checking a config is immediate.
+
+>>> cfg = default_config()
+>>> cfg.optimizer.epochs = 2            # a wrong name, type or range is refused here
+>>> cfg = IJepaConfig.from_dict({"model": {"embed_dim": 64}})
+>>> print(cfg.summary())                # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from wejepa.errors import ConfigError
+
+__all__ = [
+    "DataConfig",
+    "HardwareConfig",
+    "IJepaConfig",
+    "MaskConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "default_config",
+    "hf224_config",
+    "parse_override",
+]
+
+
+def _setting(default: Any, help: str, *, low: float | None = None, high: float | None = None, optional: bool = False):
+    """A field of a section: its default, one line of help, and the closed range its value must lie in."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "optional": optional})
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """The tail of an error message: the nearest known name, and all of them when none is near."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+class Section:
+    """A group of settings that refuses unknown names, wrong types and values out of range when they are set."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        where = f"{_SECTION_NAMES.get(type(self), type(self).__name__)}.{name}"
+        if name not in fields:
+            raise ConfigError(f"{where} is not a setting; {did_you_mean(name, list(fields))}")
+        super().__setattr__(name, _checked(where, value, fields[name]))
+
+
+def _checked(where: str, value: Any, field: dataclasses.Field) -> Any:
+    """`value` in the type of the field's default, or a `ConfigError` that says what is wanted."""
+    if value is None and field.metadata["optional"]:
+        return None
+    default, low, high = field.default, field.metadata["low"], field.metadata["high"]
+    if isinstance(default, tuple):
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise ConfigError(f"{where} = {value!r}: give two numbers, [smallest, largest], such as {list(default)}")
+        pair = tuple(_number(where, v, float, low, high) for v in value)
+        if pair[0] > pair[1]:
+            raise ConfigError(f"{where} = {list(pair)}: the first number must not be larger than the second; swap them")
+        return pair
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where} = {value!r}: give true or false")
+        return value
+    if isinstance(default, (int, float)):
+        return _number(where, value, type(default), low, high)
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{where} = {value!r}: give a name in quotes" + (" or null" if field.metadata["optional"] else ""))
+    return value
+
+
+def _number(where: str, value: Any, kind: type, low: float | None, high: float | None) -> int | float:
+    what = "a whole number" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{where} = {value!r}: give {what}")
+    if not math.isfinite(value) or (kind is int and value != int(value)):
+        raise ConfigError(f"{where} = {value!r}: give {'a finite number' if kind is float else what}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        span = f"from {low} to {high}" if low is not None and high is not None else f"of {low} or more"
+        raise ConfigError(f"{where} = {value!r} is out of range: give {what} {span}")
+    return kind(value)
+
+
+@dataclass
+class DataConfig(Section):
+    """What is learnt from, and in what portions."""
+
+    dataset: str = _setting("fashion_mnist_mini", "name of the data set; wejepa.data.available_datasets() lists them")
+    root: str = _setting("data", "folder with the data set's files (for imagefolder: the folder with train/ and test/)")
+    use_fake_data: bool = _setting(False, "replace the data set by noise of the same shape: for testing the plumbing only")
+    fake_data_size: int = _setting(256, "number of noise images, for training and again for testing", low=20)
+    train_batch_size: int = _setting(64, "images per update, over all processes together", low=2)
+    eval_batch_size: int = _setting(500, "images per forward pass when nothing is learnt", low=1)
+    num_workers: int = _setting(0, "processes that decode images; data sets held in memory need none", low=0, high=256)
+    crop_scale: tuple[float, float] = _setting((0.6, 1.0), "share of the image that a random crop keeps", low=0.01, high=1)
+    horizontal_flip: bool = _setting(True, "mirror every second training image")
+
+
+@dataclass
+class MaskConfig(Section):
+    """Which patches the student sees and which it must predict (I-JEPA, section 3 and appendix A.1)."""
+
+    target_scale: tuple[float, float] = _setting((0.15, 0.2), "area of a target block, as a share of the grid", low=0.001, high=1)
+    target_aspect_ratio: tuple[float, float] = _setting((0.75, 1.5), "height over width of a target block", low=0.1, high=10)
+    context_scale: tuple[float, float] = _setting((0.85, 1.0), "area of the context block, as a share of the grid", low=0.01, high=1)
+    context_aspect_ratio: tuple[float, float] = _setting((1.0, 1.0), "height over width of the context block", low=0.1, high=10)
+    num_target_blocks: int = _setting(4, "target blocks per image", low=1, high=64)
+    context_share: float = _setting(0.33, "share of the grid that the student sees: the same number in every image", low=0.01, high=0.99)
+
+    def num_context_patches(self, grid_size: tuple[int, int]) -> int:
+        """Patches that the student sees on a grid of (H, W): a constant, whatever the batch and wherever the targets fall."""
+        return max(1, round(self.context_share * grid_size[0] * grid_size[1]))
+
+    def check_grid(self, grid_size: tuple[int, int]) -> None:
+        """Refuse a grid (H, W) that cannot hold one target block of every allowed shape beside the context.
+
+        Raises:
+            ConfigError: naming the setting, the grid and what would fit.
+        """
+        rows, cols = grid_size
+        grid, patches = f"a grid of {rows} x {cols} patches", rows * cols
+        if min(rows, cols) < 2:
+            raise ConfigError(f"{grid} is too small to hide a part of it: take a larger model.img_size or a smaller model.patch_size")
+        room = 1 - self.num_context_patches(grid_size) / patches
+        if self.target_scale[1] > room:
+            raise ConfigError(
+                f"mask.target_scale = {list(self.target_scale)} does not fit {grid} beside a context of {1 - room:.2f} of it: "
+                f"take at most {room:.2f}, or a smaller mask.context_share"
+            )
+        for name in ("target", "context"):
+            scale, aspect = getattr(self, f"{name}_scale")[1], getattr(self, f"{name}_aspect_ratio")
+            longest = math.sqrt(scale * max(aspect[1], 1 / aspect[0]))  # of the grid's own height or width
+            if longest > 1 + 0.5 / max(rows, cols):
+                raise ConfigError(
+                    f"mask.{name}_aspect_ratio = {list(aspect)} makes blocks of area {scale:g} longer than {grid}: "
+                    f"take ratios nearer to 1, or a mask.{name}_scale of at most {scale / longest**2:.2f}"
+                )
+
+
+@dataclass
+class ModelConfig(Section):
+    """The size of the encoder and of the predictor."""
+
+    img_size: int = _setting(32, "height and width of an image, in pixels", low=2, high=4096)
+    patch_size: int = _setting(4, "height and width of a patch, in pixels", low=1, high=1024)
+    in_chans: int = _setting(3, "channels of an image: 1 for grey, 3 for colour", low=1, high=64)
+    embed_dim: int = _setting(128, "width of the encoder", low=4, high=16384)
+    enc_depth: int = _setting(4, "transformer blocks of the encoder", low=1, high=256)
+    pred_depth: int = _setting(2, "transformer blocks of the predictor", low=1, high=256)
+    pred_dim: int = _setting(64, "width of the predictor", low=4, high=16384)
+    num_heads: int = _setting(4, "attention heads, of the encoder and of the predictor", low=1, high=256)
+    mlp_ratio: float = _setting(4.0, "width of a block's hidden layer over its own width", low=0.1, high=16)
+    classification_backbone: str | None = dataclasses.field(
+        default=None, metadata={"help": "a torchvision classifier as encoder, or null for our own", "low": None, "high": None, "optional": True}
+    )
+    classification_pretrained: bool = _setting(False, "start from torchvision's published weights")
+
+
+@dataclass
+class OptimizerConfig(Section):
+    """AdamW and the four schedules (I-JEPA, appendix A.1)."""
+
+    epochs: int = _setting(20, "passes over the training images", low=1)
+    warmup_epochs: float = _setting(1.0, "epochs in which the learning rate rises from start to base", low=0)
+    start_learning_rate: float = _setting(1e-4, "learning rate at the first step", low=0, high=10)
+    base_learning_rate: float = _setting(2e-3, "learning rate after the warm-up", low=0, high=10)
+    final_learning_rate: float = _setting(1e-5, "learning rate at the last step", low=0, high=10)
+    weight_decay: float = _setting(0.04, "weight decay at the first step; biases and norms have none", low=0, high=10)
+    final_weight_decay: float = _setting(0.04, "weight decay at the last step", low=0, high=10)
+    grad_clip_norm: float = _setting(1.0, "largest norm of the whole gradient; 0 switches clipping off", low=0)
+    momentum_teacher: float = _setting(0.98, "how much of itself the teacher keeps at the first step", low=0, high=1)
+    momentum_teacher_final: float = _setting(1.0, "how much of itself the teacher keeps at the last step", low=0, high=1)
+
+
+@dataclass
+class HardwareConfig(Section):
+    """Where it runs, how exactly it repeats, and what it leaves behind."""
+
+    seed: int = _setting(0, "the run's only source of randomness", low=0, high=2**31 - 1)
+    device: str = _setting("auto", "cpu, cuda, mps, or auto for the best one present")
+    mixed_precision: bool = _setting(True, "bfloat16 matrix products wherever the device computes them natively")
+    compile_model: bool = _setting(False, "torch.compile the step: slow to start, pays in long runs")
+    checkpoint_every: int = _setting(5, "epochs between checkpoints; the last epoch always writes one", low=1)
+    output_dir: str = _setting("outputs/pretrain", "folder for the checkpoints and the log")
+
+
+_SECTION_NAMES: dict[type, str] = {
+    DataConfig: "data",
+    MaskConfig: "mask",
+    ModelConfig: "model",
+    OptimizerConfig: "optimizer",
+    HardwareConfig: "hardware",
+}
+
+
+@dataclass
+class IJepaConfig:
+    """All settings of a run.
+
+    Sections are plain attributes (``cfg.model.embed_dim``). A single value is checked when it is set; what concerns several
+    values at once is checked by `validate`, which everything that takes a config calls first.
+    """
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    hardware: HardwareConfig = dataclasses.field(default_factory=HardwareConfig)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kinds = {section: kind for kind, section in _SECTION_NAMES.items()}
+        if name not in kinds:
+            raise ConfigError(f"{name} is not a section of the config; {did_you_mean(name, list(kinds))}")
+        if not isinstance(value, kinds[name]):
+            raise ConfigError(f"{name}: give a {kinds[name].__name__}, not {type(value).__name__}")
+        super().__setattr__(name, value)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches down and across: (H, W)."""
+        side = self.model.img_size // self.model.patch_size
+        return side, side
+
+    def copy(self) -> IJepaConfig:
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain dicts, lists, numbers and strings: exactly what JSON can hold."""
+        plain = dataclasses.asdict(self)
+        return {s: {k: list(v) if isinstance(v, tuple) else v for k, v in vs.items()} for s, vs in plain.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> IJepaConfig:
+        """A checked config from nested dicts; what is left out keeps its default.
+
+        Raises:
+            ConfigError: an unknown section or setting (with the nearest known one), a wrong type, a value out of range,
+                or values that do not go together.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"a config is a dict of sections, not {type(values).__name__}")
+        cfg = cls()
+        for section, settings in values.items():
+            if section not in _SECTION_NAMES.values():
+                known = list(_SECTION_NAMES.values())
+                raise ConfigError(f"{section!r} is not a section of the config; {did_you_mean(section, known)}")
+            if not isinstance(settings, dict):
+                raise ConfigError(f"{section}: give a dict of settings, not {type(settings).__name__}")
+            for name, value in settings.items():
+                setattr(getattr(cfg, section), str(name), value)
+        cfg.validate()
+        return cfg
+
+    def validate(self) -> None:
+        """Check what concerns several settings at once.
+
+        Raises:
+            ConfigError: naming the setting, its value and the remedy.
+        """
+        m, o, k = self.model, self.optimizer, self.mask
+        if m.img_size % m.patch_size:
+            near = [d for d in range(1, m.img_size + 1) if m.img_size % d == 0]
+            best = min(near, key=lambda d: abs(d - m.patch_size))
+            raise ConfigError(
+                f"model.patch_size = {m.patch_size} does not divide model.img_size = {m.img_size}: "
+                f"take patch_size {best}, or img_size {max(1, round(m.img_size / m.patch_size)) * m.patch_size}"
+            )
+        for name in ("embed_dim", "pred_dim"):
+            width = getattr(m, name)
+            if width % m.num_heads:
+                heads = max(h for h in range(1, m.num_heads) if width % h == 0)
+                raise ConfigError(
+                    f"model.num_heads = {m.num_heads} does not divide model.{name} = {width}: "
+                    f"take num_heads {heads}, or {name} {math.ceil(width / m.num_heads) * m.num_heads}"
+                )
+        if m.classification_pretrained and m.classification_backbone is None:
+            raise ConfigError("model.classification_pretrained = true needs model.classification_backbone: name one, such as 'vit_b_16'")
+        if o.warmup_epochs > o.epochs:
+            raise ConfigError(f"optimizer.warmup_epochs = {o.warmup_epochs} is longer than optimizer.epochs = {o.epochs}: make it shorter")
+        if o.momentum_teacher > o.momentum_teacher_final:
+            raise ConfigError(
+                f"optimizer.momentum_teacher = {o.momentum_teacher} is above optimizer.momentum_teacher_final = "
+                f"{o.momentum_teacher_final}: the teacher slows down over training, so swap them"
+            )
+        k.check_grid(self.grid_size)
+
+    def summary(self) -> str:
+        """A few readable lines: what is trained, on what, how the image is cut up, and for how long."""
+        d, k, m, o, h = self.data, self.mask, self.model, self.optimizer, self.hardware
+        rows, cols = self.grid_size
+        source = f"FakeData ({d.fake_data_size} noise images)" if d.use_fake_data else d.dataset
+        kind = m.classification_backbone or f"ViT, width {m.embed_dim}, depth {m.enc_depth}, {m.num_heads} heads"
+        lines = {
+            "data": f"{source}, batches of {d.train_batch_size}",
+            "image": f"{m.img_size} x {m.img_size} x {m.in_chans}, patch {m.patch_size} -> {rows} x {cols} = {rows * cols} patches",
+            "masks": f"{k.num_context_patches((rows, cols))} context patches; {k.num_target_blocks} target blocks of "
+            f"{k.target_scale[0]:g} to {k.target_scale[1]:g} of the image",
+            "encoder": kind,
+            "predictor": f"width {m.pred_dim}, depth {m.pred_depth}",
+            "optimizer": f"{o.epochs} epochs, rate {o.start_learning_rate:g} -> {o.base_learning_rate:g} -> {o.final_learning_rate:g}, "
+            f"decay {o.weight_decay:g} -> {o.final_weight_decay:g}, momentum {o.momentum_teacher:g} -> {o.momentum_teacher_final:g}",
+            "hardware": f"device {h.device}, {'bfloat16 where native' if h.mixed_precision else 'float32'}, seed {h.seed}, output in {h.output_dir}",
+        }
+        return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+
+
+def parse_override(text: str) -> tuple[str, str, Any]:
+    """``"section.field=value"`` as (section, field, value); the value is read as JSON where it is JSON, else as a string."""
+    import json
+
+    path, equals, raw = text.partition("=")
+    section, dot, name = path.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise ConfigError(f"{text!r}: write section.field=value, such as optimizer.epochs=5")
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError:
+        value = {"True": True, "False": False, "None": None}.get(raw.strip(), raw.strip())
+    return section, name, value
+
+
+# ---------------------------------------------------------------- presets
+
+
+def default_config() -> IJepaConfig:
+    """32 x 32 images, patch 4, on the embedded Fashion-MNIST: minutes on two CPU cores."""
+    return IJepaConfig()
+
+
+def hf224_config() -> IJepaConfig:
+    """224 x 224 images, patch 16, from a folder of images: a ViT-S for one GPU or several (I-JEPA, appendix A.1)."""
+    return IJepaConfig(
+        data=DataConfig(dataset="imagefolder", train_batch_size=256, eval_batch_size=128, num_workers=8, crop_scale=(0.3, 1.0)),
+        mask=MaskConfig(),
+        model=ModelConfig(img_size=224, patch_size=16, embed_dim=384, enc_depth=12, pred_depth=6, pred_dim=192, num_heads=6),
+        optimizer=OptimizerConfig(
+            epochs=300,
+            warmup_epochs=15,
+            start_learning_rate=2e-4,
+            base_learning_rate=1e-3,
+            final_learning_rate=1e-6,
+            weight_decay=0.04,
+            final_weight_decay=0.4,
+            momentum_teacher=0.996,
+        ),
+    )

@@ -1,0 +1,26 @@
+"""The teacher's update: an exponential moving average of the student (I-JEPA, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+__all__ = ["update_teacher"]
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters; buffers are copied.
+
+    Args:
+        teacher: moved in place.
+        student: of the same architecture.
+        momentum: share that the teacher keeps of itself, from 0 to 1.
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum = {momentum}: give a number from 0 (copy the student) to 1 (stand still)")
+    teacher_params, student_params = list(teacher.parameters()), list(student.parameters())
+    torch._foreach_mul_(teacher_params, momentum)
+    torch._foreach_add_(teacher_params, student_params, alpha=1 - momentum)
+    for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
+        mine.copy_(theirs)

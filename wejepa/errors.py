@@ -1,0 +1,21 @@
+"""The package's own errors: what a person can put right is a `WejepaError`, whose one line says how."""
+
+
+class WejepaError(ValueError):
+    """Something the caller can put right; the message names the field or file and the remedy."""
+
+
+class ConfigError(WejepaError):
+    """A setting that is unknown, of the wrong type, out of range, or at odds with another one."""
+
+
+class DataError(WejepaError):
+    """A data set that is missing, unreadable or not of the shape that the config asks for."""
+
+
+class CheckpointError(WejepaError):
+    """A checkpoint that is missing, damaged, foreign, or made for another architecture."""
+
+
+class TrainingError(WejepaError):
+    """A run that cannot go on: the loss is no longer finite, or nothing is left to train on."""

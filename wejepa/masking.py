@@ -1,0 +1,105 @@
+"""Block masks: which patches the student sees, and which it must predict (I-JEPA, section 3 and appendix A.1).
+
+    targets   M rectangles of one random shape, placed anywhere on the grid
+    context   one large rectangle, minus every target, thinned out at random to a fixed number of patches
+
+Three things differ from the published sampler, each on purpose: every position of a block is allowed, so that each patch can be a
+target and each can be context; the context's size is a constant of the config, so that it depends neither on the batch's size
+nor on where the targets fall; and what is dropped to reach that size is dropped at random, not from the end of the raster.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wejepa.config import MaskConfig
+
+__all__ = ["Masks", "sample_block_masks"]
+
+
+class Masks(NamedTuple):
+    """Patch indices in raster order, int64, ascending within each row."""
+
+    context: Tensor  # (B, Nc)
+    targets: Tensor  # (B, M, Nt)
+
+    def to(self, device: torch.device | str) -> Masks:
+        """The same masks on another device."""
+        return Masks(self.context.to(device), self.targets.to(device))
+
+
+def sample_block_masks(
+    batch_size: int, grid_size: tuple[int, int], cfg: MaskConfig, generator: torch.Generator | None = None
+) -> Masks:
+    """Sample the masks of a batch in one vectorised call.
+
+    The blocks' shape is drawn once a call, since a batch is one tensor; their places are drawn for every image and block.
+    Blocks may overlap one another, as in the paper. Where their union would leave the context too little room, a block
+    repeats the image's first one, so the call needs no rejection loop and always ends.
+
+    Args:
+        batch_size: number of images B.
+        grid_size: patches down and across, (H, W).
+        cfg: the mask settings.
+        generator: source of randomness; torch's default one when None.
+
+    Returns:
+        Masks: context (B, Nc) and targets (B, M, Nt), disjoint within each image.
+
+    Raises:
+        ConfigError: the grid cannot hold the blocks beside the context.
+    """
+    cfg.check_grid(grid_size)
+    (rows, cols), patches, blocks = grid_size, grid_size[0] * grid_size[1], cfg.num_target_blocks
+    context_size = cfg.num_context_patches(grid_size)
+    room = patches - context_size
+
+    # Targets: one shape, then a free choice of the top left corner, the last row and column included.
+    height, width = _block_shape(grid_size, cfg.target_scale, cfg.target_aspect_ratio, generator, room)
+    top, left = _corners((batch_size, blocks), grid_size, (height, width), generator)
+    down, across = torch.arange(height), torch.arange(width)
+    offsets = (down[:, None] * cols + across).flatten()  # (Nt,)
+    corner = top * cols + left  # (B, M)
+
+    # Count each image's covered patches block by block; a block that would overdraw the room repeats the first.
+    covered = torch.zeros(batch_size, patches, dtype=torch.bool)
+    for m in range(blocks):
+        block = corner[:, m, None] + offsets  # (B, Nt)
+        if (m + 1) * height * width > room:  # before that no union can be too large
+            new = (~covered.gather(1, block)).sum(1)
+            corner[:, m] = torch.where(covered.sum(1) + new > room, corner[:, 0], corner[:, m])
+            block = corner[:, m, None] + offsets
+        covered.scatter_(1, block, True)
+    targets = corner[..., None] + offsets  # (B, M, Nt)
+
+    # Context: a random order of the free patches, those inside the context block first; the first Nc are kept.
+    high, wide = _block_shape(grid_size, cfg.context_scale, cfg.context_aspect_ratio, generator, patches)
+    top, left = _corners((batch_size, 1), grid_size, (high, wide), generator)
+    row, col = torch.arange(patches) // cols, torch.arange(patches) % cols
+    inside = (row >= top) & (row < top + high) & (col >= left) & (col < left + wide)  # (B, N)
+    rank = torch.rand(batch_size, patches, generator=generator) + inside.float() - 2 * covered.float()
+    context = rank.topk(context_size, dim=1, sorted=False).indices.sort(dim=1).values
+    return Masks(context, targets)
+
+
+def _block_shape(grid_size, scale, aspect_ratio, generator, room: int) -> tuple[int, int]:
+    """Height and width in patches for an area and an aspect ratio drawn independently of each other."""
+    u, v = torch.rand(2, generator=generator).tolist()
+    area = scale[0] + u * (scale[1] - scale[0])
+    aspect = aspect_ratio[0] + v * (aspect_ratio[1] - aspect_ratio[0])
+    height = min(max(1, round(math.sqrt(area * aspect) * grid_size[0])), grid_size[0])
+    width = min(max(1, round(math.sqrt(area / aspect) * grid_size[1])), grid_size[1])
+    while height * width > room:  # rounding up by half a patch can overshoot on a small grid
+        height, width = (height - 1, width) if height >= width else (height, width - 1)
+    return height, width
+
+
+def _corners(shape, grid_size, block, generator) -> tuple[Tensor, Tensor]:
+    """The top rows and left columns of blocks placed uniformly wherever they fit."""
+    top = torch.randint(0, grid_size[0] - block[0] + 1, shape, generator=generator)
+    left = torch.randint(0, grid_size[1] - block[1] + 1, shape, generator=generator)
+    return top, left

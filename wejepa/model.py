@@ -1,0 +1,218 @@
+"""I-JEPA in one file: a student sees the context, a teacher the whole image, a predictor fills in the targets (I-JEPA, section 3).
+
+    context tokens   s = student(x)[context]           only those patches enter the student
+    targets          t = LayerNorm(teacher(x))[target] no gradient; the teacher is the student's moving average
+    prediction       p = predictor(s, positions of the target)
+    loss             smooth-L1(p, t), averaged over targets and features
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wejepa.config import IJepaConfig
+from wejepa.ema import update_teacher
+from wejepa.errors import ConfigError
+from wejepa.masking import Masks
+from wejepa.patches import PatchEmbed, resize_positions, take
+
+__all__ = ["IJEPA_base", "Encoder", "PatchEmbed", "Predictor", "ijepa_loss"]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that can keep the weights it used."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.record = False
+        self.recorded: Tensor | None = None  # (B, heads, N, N)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        if x.is_cuda and not self.record:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            # On a CPU the fused kernel is slow backwards at these lengths, so the textbook's three lines are the fast ones.
+            weights = (q * (d // self.num_heads) ** -0.5) @ k.transpose(-2, -1)
+            # Rows under 32 keys fall off the vectorised bfloat16 softmax and cost six times as much as in float32.
+            weights = (weights.float() if n < 32 else weights).softmax(dim=-1)
+            if self.record:
+                self.recorded = weights.detach().float()
+            out = weights.to(v.dtype) @ v
+        return self.proj(out.transpose(1, 2).reshape(b, n, d))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then a two-layer perceptron, each added to its input."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Encoder(nn.Module):
+    """A vision transformer without class token: patches plus positions, blocks, a final norm."""
+
+    def __init__(self, cfg: IJepaConfig):
+        super().__init__()
+        m = cfg.model
+        self.grid_size = cfg.grid_size
+        self.embed_dim = m.embed_dim
+        self.patch_embed = PatchEmbed(m.patch_size, m.in_chans, m.embed_dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid_size[0] * self.grid_size[1], m.embed_dim))
+        self.blocks = nn.ModuleList(Block(m.embed_dim, m.num_heads, m.mlp_ratio) for _ in range(m.enc_depth))
+        self.norm = nn.LayerNorm(m.embed_dim, eps=1e-6)
+        init_transformer(self)
+
+    def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Patch tokens with their positions, before any block: (B, N, D), or (B, K, D) for kept indices (B, K)."""
+        x = self.patch_embed(images)
+        x = x + resize_positions(self.pos_embed, self.grid_size, self.patch_embed.grid_size(images))
+        return x if keep is None else take(x, keep)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, C, height, width) -> (B, N, D); with `keep` (B, K) only those patches enter the blocks: (B, K, D)."""
+        x = self.tokens(images, keep)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Predictor(nn.Module):
+    """A narrow transformer that takes context tokens and, for each target patch, a mask token that knows only its position."""
+
+    def __init__(self, cfg: IJepaConfig):
+        super().__init__()
+        m = cfg.model
+        self.grid_size = cfg.grid_size
+        self.embed = nn.Linear(m.embed_dim, m.pred_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, m.pred_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid_size[0] * self.grid_size[1], m.pred_dim))
+        self.blocks = nn.ModuleList(Block(m.pred_dim, m.num_heads, m.mlp_ratio) for _ in range(m.pred_depth))
+        self.norm = nn.LayerNorm(m.pred_dim, eps=1e-6)
+        self.proj = nn.Linear(m.pred_dim, m.embed_dim)
+        init_transformer(self)
+
+    def forward(self, context: Tensor, masks: Masks, grid_size: tuple[int, int] | None = None) -> Tensor:
+        """Context tokens (B, Nc, D) -> predictions (B, M, Nt, D), each target block on its own as in the paper."""
+        (b, nc, _), (_, m, nt) = context.shape, masks.targets.shape
+        positions = resize_positions(self.pos_embed, self.grid_size, grid_size or self.grid_size).expand(b, -1, -1)
+        seen = self.embed(context) + take(positions, masks.context)  # (B, Nc, P)
+        asked = self.mask_token + take(positions, masks.targets.flatten(1))  # (B, M * Nt, P)
+        x = torch.cat([seen.repeat_interleave(m, dim=0), asked.view(b * m, nt, -1).to(seen.dtype)], dim=1)  # (B * M, Nc + Nt, P)
+        for block in self.blocks:
+            x = block(x)
+        return self.proj(self.norm(x[:, nc:])).view(b, m, nt, -1)
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Initialise so that content and position are of like size; weights that are all position teach nothing."""
+    for name, p in module.named_parameters():
+        if name.endswith("pos_embed") or name.endswith("mask_token"):
+            nn.init.trunc_normal_(p, std=0.02)
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Conv2d):
+            nn.init.trunc_normal_(part.weight, std=0.25)
+            nn.init.zeros_(part.bias)
+
+
+def ijepa_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Smooth-L1 between predicted and actual target representations, averaged over everything (B, M, Nt, D)."""
+    return F.smooth_l1_loss(predictions.float(), targets.float())
+
+
+class IJEPA_base(nn.Module):
+    """Student, teacher and predictor: the whole of I-JEPA.
+
+    Args:
+        cfg: the config; its `model` section sets the sizes, its `mask` section plays no part here.
+
+    Attributes:
+        student_encoder: sees the context and is trained.
+        teacher_encoder: sees everything, gets no gradient, follows the student; the paper evaluates this one.
+        predictor: from the context's tokens to the targets'.
+
+    Raises:
+        ConfigError: the config does not hold together, or names a backbone that is not to be had.
+    """
+
+    def __init__(self, cfg: IJepaConfig):
+        super().__init__()
+        cfg.validate()
+        self.cfg = cfg.copy()
+        self.student_encoder = Encoder(cfg)
+        self.predictor = Predictor(cfg)
+        self.teacher_encoder = copy.deepcopy(self.student_encoder).requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, cfg: IJepaConfig) -> IJEPA_base:
+        """The model of a config, freshly initialised from torch's default random generator."""
+        return cls(cfg)
+
+    def forward(self, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+        """Predict the targets' representations from the context's.
+
+        Args:
+            images: (B, C, height, width), normalised.
+            masks: context (B, Nc) and targets (B, M, Nt), from `wejepa.masking.sample_block_masks`.
+
+        Returns:
+            (predictions, targets), each (B, M, Nt, D); the targets are layer-normalised and carry no gradient.
+        """
+        grid_size = self.student_encoder.patch_embed.grid_size(images)
+        context = self.student_encoder(images, keep=masks.context)  # (B, Nc, D)
+        predictions = self.predictor(context, masks, grid_size)  # (B, M, Nt, D)
+        with torch.no_grad():
+            whole = self.teacher_encoder(images)  # (B, N, D)
+            chosen = take(whole, masks.targets.flatten(1)).float()  # (B, M * Nt, D)
+            targets = F.layer_norm(chosen, chosen.shape[-1:]).view(*masks.targets.shape, -1)
+        return predictions, targets
+
+    def encode(self, images: Tensor, encoder: str = "teacher") -> Tensor:
+        """All tokens of images (B, C, height, width) under the "teacher" or the "student": (B, N, D)."""
+        return self._encoder(encoder)(images)
+
+    def momentum_update(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters."""
+        update_teacher(self.teacher_encoder, self.student_encoder, momentum)
+
+    def enable_attention_recording(self, enabled: bool = True) -> None:
+        """Keep the attention weights of both encoders' next forward passes, or stop keeping and forget them."""
+        for encoder in (self.student_encoder, self.teacher_encoder):
+            for block in encoder.blocks:
+                block.attn.record, block.attn.recorded = enabled, None
+
+    def get_recorded_attentions(self, encoder: str = "teacher") -> list[Tensor]:
+        """The weights of the last forward pass, one (B, heads, N, N) a layer; each row sums to one.
+
+        Raises:
+            RuntimeError: nothing was recorded.
+        """
+        recorded = [block.attn.recorded for block in self._encoder(encoder).blocks]
+        if any(r is None for r in recorded):
+            raise RuntimeError(f"no attention of the {encoder} is recorded: call enable_attention_recording(True), then encode(images, {encoder!r})")
+        return recorded
+
+    def _encoder(self, name: str) -> Encoder:
+        if name not in ("teacher", "student"):
+            raise ConfigError(f"encoder = {name!r}: give 'teacher' or 'student'")
+        return self.teacher_encoder if name == "teacher" else self.student_encoder

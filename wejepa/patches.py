@@ -1,0 +1,66 @@
+"""An image becomes tokens: the patch embedding, and positions that follow the grid's size (I-JEPA, section 3; ViT, section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wejepa.errors import ConfigError
+
+__all__ = ["PatchEmbed", "resize_positions"]
+
+
+class PatchEmbed(nn.Module):
+    """Cut an image into square patches and project each to one token: a convolution whose stride is its kernel.
+
+    Args:
+        patch_size: height and width of a patch, in pixels.
+        in_chans: channels of the image.
+        embed_dim: width D of a token.
+    """
+
+    def __init__(self, patch_size: int = 4, in_chans: int = 3, embed_dim: int = 128):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def grid_size(self, images: Tensor) -> tuple[int, int]:
+        """Patches down and across for images (B, C, height, width).
+
+        Raises:
+            ConfigError: the patch does not divide the image, or the channels are not the embedding's.
+        """
+        channels, height, width = images.shape[-3:]
+        if channels != self.proj.in_channels:
+            raise ConfigError(f"the images have {channels} channels, model.in_chans is {self.proj.in_channels}: set it to {channels}")
+        if height % self.patch_size or width % self.patch_size:
+            raise ConfigError(
+                f"model.patch_size = {self.patch_size} does not divide an image of {height} x {width}: "
+                f"resize it to {height // self.patch_size * self.patch_size} x {width // self.patch_size * self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, height, width) -> (B, N, D), patches in raster order."""
+        self.grid_size(images)
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resample positional embeddings (1, N, D) from one token grid to another, bicubically; the same grid returns them as they are.
+
+    Returns:
+        (1, N', D) for a new grid of N' patches.
+    """
+    if tuple(old_grid) == tuple(new_grid):
+        return positions
+    dim = positions.shape[-1]
+    plane = positions.float().reshape(1, *old_grid, dim).permute(0, 3, 1, 2)  # (1, D, H, W)
+    plane = F.interpolate(plane, size=tuple(new_grid), mode="bicubic", align_corners=False)
+    return plane.permute(0, 2, 3, 1).reshape(1, -1, dim).to(positions.dtype)
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Pick tokens by patch index: (B, N, D) and (B, K) -> (B, K, D)."""
+    return torch.gather(tokens, 1, index[..., None].expand(-1, -1, tokens.shape[-1]))

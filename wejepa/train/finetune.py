@@ -1,0 +1,267 @@
+"""Was anything learnt? A linear probe on frozen features, and the comparison that could embarrass it.
+
+The protocol is the same for every row of a comparison: the same labelled training images, features standardised by their own mean and
+deviation, a softmax regression trained by AdamW for every pair of learning rate and weight decay at once, the pair chosen on a fifth of
+the *training* images, the regression trained anew with it on all of them, and one look at the test images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wejepa.analysis.features import POOLINGS, knn_accuracy, pool_tokens
+from wejepa.config import IJepaConfig, Section, _setting
+from wejepa.data import generator_for, load_images, random_crops
+from wejepa.errors import ConfigError, DataError
+from wejepa.model import Encoder, IJEPA_base
+from wejepa.train.checkpoints import load_model
+from wejepa.train.loop import autocast, encode_images, parameter_groups
+from wejepa.train.schedules import cosine
+
+__all__ = ["Comparison", "FinetuneConfig", "ProbeResult", "compare_pretrained_vs_scratch", "fit_probe", "train_linear_probe"]
+
+LEARNING_RATES = (1e-3, 1e-2)  # times the square root of the feature's width
+WEIGHT_DECAYS = (0.0, 1e-3, 1e-2)  # share of the weight that a step takes away at the full rate
+
+
+@dataclass
+class FinetuneConfig(Section):
+    """How features are judged."""
+
+    checkpoint: str = _setting("outputs/pretrain/latest.pt", "checkpoint of wejepa.train.pretrain")
+    encoder: str = _setting("teacher", "teacher, as in the paper, or student")
+    pooling: str = _setting("grid", "mean over all tokens, or over each cell of a 4 x 4 grid")
+    labels_per_class: int = _setting(500, "labelled training images of each class; 0 takes all", low=0)
+    epochs: int = _setting(40, "passes of the probe over its features", low=1)
+    batch_size: int = _setting(250, "features per update of the probe", low=1)
+    supervised_epochs: int = _setting(30, "passes of the encoder that is trained with labels from scratch", low=1)
+    seed: int = _setting(0, "choice of the split, order of the batches, initial weights", low=0, high=2**31 - 1)
+    data_root: str | None = dataclasses.field(
+        default=None, metadata={"help": "where the data set is now, if not where the checkpoint saw it", "low": None, "high": None, "optional": True}
+    )
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """A trained probe.
+
+    Attributes:
+        accuracy: share of the test images classified rightly after the last epoch.
+        history: the same after each epoch.
+        learning_rate, weight_decay: chosen on a fifth of the training images.
+        predictions: the class given to each test image, (N,).
+    """
+
+    accuracy: float
+    history: list[float]
+    learning_rate: float
+    weight_decay: float
+    predictions: Tensor
+
+
+def train_linear_probe(cfg: FinetuneConfig, model: IJEPA_base | None = None) -> ProbeResult:
+    """Train a linear classifier on the frozen features of a pretrained encoder and test it on held-out images.
+
+    Args:
+        cfg: the protocol; `cfg.checkpoint` names the encoder unless `model` is given.
+        model: a model to probe instead of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is absent or damaged.
+        DataError: the labelled images are too few.
+    """
+    task = _Task(cfg, model or load_model(cfg.checkpoint))
+    train, test = (pool_tokens(tokens, task.grid_size, cfg.pooling) for tokens in task.tokens(task.model, cfg.encoder))
+    return fit_probe(train, task.train_y, test, task.test_y, cfg)
+
+
+def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, cfg: FinetuneConfig) -> ProbeResult:
+    """The probe on features that are at hand.
+
+    Args:
+        train_x, test_x: features (N, F).
+        train_y, test_y: classes (N,).
+        cfg: `epochs`, `batch_size` and `seed` are used.
+    """
+    classes = int(train_y.max()) + 1
+    order = torch.randperm(len(train_x), generator=generator_for(cfg.seed))
+    held, kept = order[: len(order) // 5], order[len(order) // 5 :]
+    pairs = [(rate, decay) for rate in LEARNING_RATES for decay in WEIGHT_DECAYS]
+    right = _softmax_regressions(train_x[kept], train_y[kept], train_x[held], classes, pairs, cfg)[-1] == train_y[held]
+    best = pairs[int(right.float().mean(1).argmax())]
+    every_epoch = _softmax_regressions(train_x, train_y, test_x, classes, [best], cfg)[:, 0]  # (epochs, N)
+    history = (every_epoch == test_y).float().mean(1).tolist()
+    return ProbeResult(history[-1], history, *best, every_epoch[-1])
+
+
+def _softmax_regressions(train_x, train_y, test_x, classes: int, pairs: list[tuple[float, float]], cfg: FinetuneConfig) -> Tensor:
+    """Train one regression for every (rate, decay) side by side; predictions after each epoch, (epochs, pairs, N_test)."""
+    mean, std, width = train_x.mean(0), train_x.std(0) + 1e-6, train_x.shape[1]
+    train_x, test_x = ((x - mean) / std / width**0.5 for x in (train_x, test_x))  # each vector's norm is about 1
+    weights = [torch.zeros(width, classes, requires_grad=True) for _ in pairs]
+    biases = [torch.zeros(classes, requires_grad=True) for _ in pairs]
+    groups = []
+    for w, b, (rate, decay) in zip(weights, biases, pairs, strict=True):
+        rate *= width**0.5
+        groups += [{"params": [w], "lr": rate, "weight_decay": decay / rate}, {"params": [b], "lr": rate, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+    batch_size = min(cfg.batch_size, len(train_x))
+    per_epoch = len(train_x) // batch_size
+    fade = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.epochs * per_epoch)
+    generator, predictions = generator_for(cfg.seed, 1), []
+    for _ in range(cfg.epochs):
+        for index in torch.randperm(len(train_x), generator=generator)[: per_epoch * batch_size].split(batch_size):
+            logits = train_x[index] @ torch.stack(weights) + torch.stack(biases)[:, None]  # (pairs, B, classes)
+            loss = F.cross_entropy(logits.transpose(1, 2), train_y[index].expand(len(pairs), -1)) * len(pairs)  # each pair's mean, summed
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            fade.step()
+        with torch.no_grad():
+            predictions.append((test_x @ torch.stack(weights) + torch.stack(biases)[:, None]).argmax(-1))
+    return torch.stack(predictions)
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Test accuracies under one protocol.
+
+    Attributes:
+        rows: for each encoder, the accuracy of the probe on mean-pooled tokens ("mean"), on a coarse grid ("grid") and of
+            nearest neighbours on that grid ("knn"), and the seconds its training took ("seconds").
+        labels: labelled images that every row was given.
+        tested: test images.
+    """
+
+    rows: dict[str, dict[str, float]]
+    labels: int
+    tested: int
+
+    def table(self) -> str:
+        """The rows as a Markdown table, accuracies in percent."""
+        head = ["", "mean-pooled tokens", "tokens on a 4 x 4 grid", "k-NN", "training, s"]
+        lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * 4]
+        for name, row in self.rows.items():
+            scores = [f"{100 * row[key]:.1f}" for key in ("mean", "grid", "knn")]
+            lines.append("| " + " | ".join([name, *scores, f"{row['seconds']:.0f}" if row["seconds"] else "-"]) + " |")
+        return "\n".join(lines)
+
+
+def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None = None, pretraining_seconds: float = 0.0) -> Comparison:
+    """Judge a pretrained encoder beside its baselines, all under the same protocol.
+
+    Rows: the pretrained encoder; the same encoder at its random initialisation; raw pixels (the mean patch under "mean", every pixel
+    under "grid": more than the grid keeps); and the whole encoder trained with the same labels from scratch.
+
+    Args:
+        cfg: the protocol.
+        model: a model to judge instead of `cfg.checkpoint`.
+        pretraining_seconds: told in the table.
+    """
+    task = _Task(cfg, model or load_model(cfg.checkpoint))
+    torch.manual_seed(task.model.cfg.hardware.seed)  # as the pretraining began
+    untrained = IJEPA_base.from_config(task.model.cfg)
+    rows = {
+        f"pretrained {cfg.encoder}": task.judge(task.tokens(task.model, cfg.encoder)) | {"seconds": pretraining_seconds},
+        "same encoder, random": task.judge(task.tokens(untrained, cfg.encoder)) | {"seconds": 0.0},
+        "raw pixels": task.judge_pixels() | {"seconds": 0.0},
+    }
+    start = time.perf_counter()
+    supervised = train_supervised(task.model.cfg, task.source, task.index, cfg)
+    seconds = time.perf_counter() - start
+    rows["whole encoder, with labels"] = task.judge(task.tokens(supervised, cfg.encoder)) | {"seconds": seconds}
+    return Comparison(rows, len(task.index), len(task.test_y))
+
+
+def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: FinetuneConfig) -> IJEPA_base:
+    """A model whose encoders were trained from scratch with labels: mean-pooled tokens, a linear layer, cross-entropy.
+
+    The images are augmented as in pretraining, the rate is pretraining's, warmed up for a tenth and lowered along a cosine.
+    """
+    torch.manual_seed(finetune.seed)
+    model = IJEPA_base.from_config(cfg)
+    encoder: Encoder = model.student_encoder
+    head = nn.Linear(encoder.embed_dim, len(source.classes))
+    optimizer = torch.optim.AdamW([*parameter_groups(encoder), {"params": head.parameters(), "decays": False}], fused=True)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.05 * group["decays"]
+    batch_size = min(cfg.data.train_batch_size, len(index))
+    per_epoch = len(index) // batch_size
+    steps, device = finetune.supervised_epochs * per_epoch, torch.device("cpu")
+    for step in range(steps):
+        epoch, i = divmod(step, per_epoch)
+        part = index[torch.randperm(len(index), generator=generator_for(finetune.seed, epoch))][i * batch_size : (i + 1) * batch_size]
+        crops = random_crops(batch_size, cfg, generator_for(finetune.seed, epoch, i))
+        images = next(source.augmented(part[None], crops[None]))
+        rate = min(1.0, 10 * (step + 1) / steps) * cosine(step / steps, cfg.optimizer.base_learning_rate, 0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with autocast(device, cfg.hardware.mixed_precision):
+            loss = F.cross_entropy(head(encoder(images).mean(1)).float(), source.labels[part])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+    model.teacher_encoder.load_state_dict(encoder.state_dict())
+    return model.eval()
+
+
+class _Task:
+    """The labelled and the test images of a comparison, and how features of them are judged."""
+
+    def __init__(self, cfg: FinetuneConfig, model: IJEPA_base):
+        for name, known in (("encoder", ("teacher", "student")), ("pooling", POOLINGS)):
+            if getattr(cfg, name) not in known:
+                raise ConfigError(f"{name} = {getattr(cfg, name)!r}: give {' or '.join(known)}")
+        self.cfg, self.model = cfg, model
+        config = model.cfg.copy()
+        if cfg.data_root is not None:
+            config.data.root = cfg.data_root
+        self.grid_size = config.grid_size
+        self.source, self.test = load_images(config, "train"), load_images(config, "test")
+        if len(self.source.classes) < 2:
+            raise DataError(f"a probe needs two classes or more, data.dataset = {config.data.dataset!r} has {len(self.source.classes)}: sort the images into class folders")
+        self.index = first_of_each_class(self.source.labels, cfg.labels_per_class)
+        self.train_y, self.test_y = self.source.labels[self.index], self.test.labels
+
+    def tokens(self, model: IJEPA_base, encoder: str) -> tuple[Tensor, Tensor]:
+        """Tokens of the labelled and of the test images, each (N, P, D)."""
+        everything = torch.arange(len(self.test))
+        return encode_images(model, self.source, self.index, model.cfg, encoder), encode_images(model, self.test, everything, model.cfg, encoder)
+
+    def judge(self, tokens: tuple[Tensor, Tensor]) -> dict[str, float]:
+        pooled = {pooling: tuple(pool_tokens(t, self.grid_size, pooling) for t in tokens) for pooling in POOLINGS}
+        return self._scores(pooled)
+
+    def judge_pixels(self) -> dict[str, float]:
+        size = self.model.cfg.model.patch_size
+        pixels = [torch.cat(list(s.batches(i, 500))) for s, i in ((self.source, self.index), (self.test, torch.arange(len(self.test))))]
+        if all((x == x[:, :1]).all() for x in pixels):
+            pixels = [x[:, :1] for x in pixels]  # grey images: their channels are copies of one another
+        patches = tuple(F.unfold(x, size, stride=size).mean(2) for x in pixels)  # (N, C * size * size)
+        return self._scores({"mean": patches, "grid": tuple(x.flatten(1) for x in pixels)})
+
+    def _scores(self, pooled: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for pooling, (train, test) in pooled.items():
+            scores[pooling] = fit_probe(train, self.train_y, test, self.test_y, self.cfg).accuracy
+        train, test = pooled["grid"]
+        return scores | {"knn": knn_accuracy(train, self.train_y, test, self.test_y)}
+
+
+def first_of_each_class(labels: Tensor, count: int) -> Tensor:
+    """Indices of the first `count` images of each class, in order; all of them for 0."""
+    if count == 0:
+        return torch.arange(len(labels))
+    return torch.cat([(labels == c).nonzero().flatten()[:count] for c in labels.unique()]).sort().values
+
+

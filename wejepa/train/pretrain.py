@@ -1,0 +1,119 @@
+"""Pretrain an I-JEPA: `launch_pretraining(cfg)`, or from the shell
+
+    python -m wejepa.train.pretrain --set optimizer.epochs=5 --set data.dataset=cifar10
+    python -m wejepa.train.pretrain --config my.json --resume auto
+    python -m wejepa.train.pretrain --print-config > my.json
+
+torch is imported when training starts, so that a config is printed or refused at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wejepa.config import IJepaConfig, default_config, hf224_config, parse_override
+from wejepa.errors import ConfigError, WejepaError
+
+if TYPE_CHECKING:
+    from wejepa.model import IJEPA_base
+
+__all__ = ["PretrainResult", "launch_pretraining", "main"]
+
+PRESETS = {"default": default_config, "hf224": hf224_config}
+COLUMNS = (
+    ("epoch", "epoch", "{:d}"),
+    ("loss", "loss", "{:.4f}"),
+    ("teacher_variance", "teacher var", "{:.3f}"),
+    ("rankme", "RankMe", "{:.1f}"),
+    ("knn", "k-NN", "{:.3f}"),
+    ("images_per_second", "images/s", "{:.0f}"),
+)
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a run leaves behind.
+
+    Attributes:
+        checkpoint: path of the last checkpoint.
+        history: one dict an epoch: epoch, step, loss, teacher_variance, rankme, knn, images_per_second, seconds.
+        model: the trained model, in evaluation mode.
+    """
+
+    checkpoint: Path
+    history: list[dict[str, Any]]
+    model: IJEPA_base
+
+
+def launch_pretraining(cfg: IJepaConfig, resume: str | Path | None = None) -> PretrainResult:
+    """Pretrain by a config, printing one line an epoch.
+
+    Args:
+        cfg: the config; see `IJepaConfig.summary`.
+        resume: a checkpoint to go on from; "auto" for the newest in `hardware.output_dir`, if any; None to start afresh.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, TrainingError: each with one line that says what to do.
+    """
+    from wejepa.train.loop import Pretraining
+
+    run = Pretraining(cfg, resume)
+    print("  ".join(f"{title:>11}" for _, title, _ in COLUMNS), flush=True)
+    for entry in run.history:
+        print(epoch_line(entry), flush=True)
+    checkpoint = run.run(report=lambda entry: print(epoch_line(entry), flush=True))
+    return PretrainResult(checkpoint, run.history, run.model.eval())
+
+
+def epoch_line(entry: dict[str, Any]) -> str:
+    """One epoch of the history in one line."""
+    return "  ".join(f"{form.format(entry[key]) if entry[key] is not None else '-':>11}" for key, _, form in COLUMNS)
+
+
+def config_from_arguments(args: argparse.Namespace) -> IJepaConfig:
+    """The preset, overlaid with the file, overlaid with each --set."""
+    values = PRESETS[args.preset]().to_dict()
+    if args.config:
+        try:
+            given = json.loads(args.config.read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"--config {args.config} cannot be read as JSON ({error}): --print-config writes such a file") from error
+        IJepaConfig.from_dict(given)  # refused here if it is no config, before it is mixed with the preset
+        for section, settings in given.items():
+            values[section] |= settings
+    for text in args.set:
+        section, name, value = parse_override(text)
+        values.setdefault(section, {})[name] = value
+    return IJepaConfig.from_dict(values)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 2 refused with one line on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m wejepa.train.pretrain", description="Pretrain an I-JEPA.")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="default", help="the config to start from")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a JSON file of settings")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="one setting; repeatable")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint in the output folder, or from one")
+    parser.add_argument("--print-config", action="store_true", help="print the config as JSON and stop")
+    args = parser.parse_args(argv)
+    try:
+        cfg = config_from_arguments(args)
+        if args.print_config:
+            print(json.dumps(cfg.to_dict(), indent=2))
+            return 0
+        print(cfg.summary())
+        result = launch_pretraining(cfg, args.resume)
+        print(f"checkpoint {result.checkpoint}")
+        return 0
+    except WejepaError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
