@@ -1,0 +1,54 @@
+# All that has to be installed is make and Python 3.11 or newer. Every target makes and uses its own .venv.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup tutorial test lab lint format clean
+
+help:
+	@echo 'make setup      create .venv and install the package with everything the course needs'
+	@echo 'make tutorial   run every notebook on the real images; results in outputs/course/results.md'
+	@echo 'make lab        open JupyterLab in notebooks/'
+	@echo 'make test       check the style, then run the tests (PYTEST_ARGS="-k masks" for some of them)'
+	@echo 'make lint       check the style only'
+	@echo 'make format     put the code in the style'
+	@echo 'make clean      remove .venv, caches, build files and outputs/course'
+
+setup: $(STAMP)
+
+# Redone only when the list of packages has changed.
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo 'error: "$(PYTHON)" is not Python 3.11 or newer. Name one that is: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo 'error: "$(PYTHON)" cannot create virtual environments. On Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }
+	@echo 'Installing into $(VENV). PyTorch is large: several minutes the first time ...'
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[notebooks,test]'
+	@touch $@
+	@echo 'Installed.'
+
+tutorial: setup
+	@$(PY) scripts/run_course.py
+
+test: lint
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: setup
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+lab: setup
+	@cd notebooks && ../$(PY) -m jupyterlab
+
+# Not data/ nor the other outputs/: those may have taken hours.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis outputs/course
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

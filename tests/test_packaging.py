@@ -1,0 +1,113 @@
+"""The repo's plumbing: what is packaged, what is pinned, what is tracked, and what importing costs."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+import wejepa
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+HEAVY = ("torch", "matplotlib", "sklearn", "IPython", "ipywidgets")
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def direct_dependencies() -> set[str]:
+    project = PYPROJECT["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    return {normal(re.match(r"[\w.-]+", requirement)[0]) for group in groups for requirement in group}
+
+
+def lines(file: str) -> list[str]:
+    """The lines of a file that say something."""
+    text = [line.split(" #")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    return [line for line in text if line and not line.startswith("#")]
+
+
+def heavy_modules_after(code: str) -> tuple[str, list[str]]:
+    """What a fresh interpreter prints when it runs `code`, and which of the heavy modules it has loaded then."""
+    code += f"\nimport json, sys; print('\\n' + json.dumps([m for m in {HEAVY} if m in sys.modules]))"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    printed, _, heavy = out.rstrip("\n").rpartition("\n")
+    return printed, json.loads(heavy)
+
+
+def test_import_is_light():
+    assert heavy_modules_after("import wejepa, wejepa.config") == ("", [])
+
+
+def test_print_config_is_json_and_imports_no_torch():
+    printed, heavy = heavy_modules_after("from wejepa.train.pretrain import main; assert main(['--print-config']) == 0")
+    assert set(json.loads(printed)) == {"data", "mask", "model", "optimizer", "hardware"}
+    assert heavy == []
+
+
+def test_version_has_one_source():
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "wejepa.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", wejepa.__version__)
+
+
+def test_every_asset_is_package_data():
+    package = ROOT / "wejepa"
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["wejepa"]
+    assets = [p.relative_to(package).as_posix() for p in (package / "assets").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    assert assets
+    assert [a for a in assets if not any(fnmatch(a, p) and a.count("/") == p.count("/") for p in patterns)] == []
+
+
+def test_lock_pins_every_direct_dependency_and_nothing_but_versions():
+    pins = [re.fullmatch(r"([\w.-]+)==([\w.]+)", line) for line in lines("requirements.lock")]
+    assert all(pins), "a line of requirements.lock is not name==version"
+    names = [normal(pin[1]) for pin in pins]
+    assert len(set(names)) == len(names)
+    assert direct_dependencies() - set(names) == set()
+    assert [n for n in names if n.startswith(("nvidia-", "triton"))] == [], "these exist for some systems only"
+
+
+def test_conda_environment_defers_to_pyproject():
+    entries = [line.removeprefix("- ") for line in lines("environment.yml") if line.startswith("- ")]
+    python = "python" + PYPROJECT["project"]["requires-python"]
+    assert entries == ["conda-forge", python, "pip", "pip:", "-c requirements.lock", "-e .[notebooks,test]"]
+
+
+def test_no_large_or_generated_file_is_tracked():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
+    if not (ROOT / ".git").exists() or listed is None or listed.returncode:
+        pytest.skip("not a git checkout")
+    tracked = [name for name in listed.stdout.split("\0") if name]
+    assert [n for n in tracked if n.endswith(".pt") or ".ipynb_checkpoints" in n or "__pycache__" in n] == []
+    assert [n for n in tracked if (ROOT / n).is_file() and (ROOT / n).stat().st_size > 6e6] == []
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_its_images(tmp_path):
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("needs setuptools: pip install '.[test]'")
+    source = tmp_path / "source"  # a copy, so that neither an old build/ gets in nor a new one is left behind
+    shutil.copytree(ROOT / "wejepa", source / "wejepa", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    (source / "notebooks").mkdir()  # as in the repo: must not be taken for a package
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), "."]
+    subprocess.run(command, cwd=source, check=True, stdin=subprocess.DEVNULL)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"wejepa-{wejepa.__version__}-")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    packaged = {p.relative_to(source).as_posix() for p in (source / "wejepa").rglob("*") if p.is_file()}
+    assert packaged - names == set()
+    assert {n.split("/")[0] for n in names} == {"wejepa", f"wejepa-{wejepa.__version__}.dist-info"}
+    assert {n.rpartition("/")[2] for n in names if "/licenses/" in n} == {"LICENSE", "FASHION_MNIST_LICENSE"}
