@@ -74,7 +74,7 @@ def test_lock_pins_every_direct_dependency_and_nothing_but_versions():
     names = [normal(pin[1]) for pin in pins]
     assert len(set(names)) == len(names)
     assert direct_dependencies() - set(names) == set()
-    assert [n for n in names if n.startswith(("nvidia-", "triton"))] == [], "these exist for some systems only"
+    assert [n for n in names if n.startswith(("cuda-", "nvidia-", "triton"))] == [], "these exist for some systems only"
 
 
 def test_conda_environment_defers_to_pyproject():
