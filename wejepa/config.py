@@ -20,19 +20,22 @@ from typing import Any
 from wejepa.errors import ConfigError
 
 __all__ = [
+    "BACKBONES",
     "DataConfig",
     "HardwareConfig",
     "IJepaConfig",
     "MaskConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "adapt_config_for_backbone",
     "default_config",
     "hf224_config",
     "parse_override",
+    "setting",
 ]
 
 
-def _setting(default: Any, help: str, *, low: float | None = None, high: float | None = None, optional: bool = False):
+def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None, optional: bool = False):
     """A field of a section: its default, one line of help, and the closed range its value must lie in."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "optional": optional})
 
@@ -93,27 +96,27 @@ def _number(where: str, value: Any, kind: type, low: float | None, high: float |
 class DataConfig(Section):
     """What is learnt from, and in what portions."""
 
-    dataset: str = _setting("fashion_mnist_mini", "name of the data set; wejepa.data.available_datasets() lists them")
-    root: str = _setting("data", "folder with the data set's files (for imagefolder: the folder with train/ and test/)")
-    use_fake_data: bool = _setting(False, "replace the data set by noise of the same shape: for testing the plumbing only")
-    fake_data_size: int = _setting(256, "number of noise images, for training and again for testing", low=20)
-    train_batch_size: int = _setting(64, "images per update, over all processes together", low=2)
-    eval_batch_size: int = _setting(500, "images per forward pass when nothing is learnt", low=1)
-    num_workers: int = _setting(0, "processes that decode images; data sets held in memory need none", low=0, high=256)
-    crop_scale: tuple[float, float] = _setting((0.6, 1.0), "share of the image that a random crop keeps", low=0.01, high=1)
-    horizontal_flip: bool = _setting(True, "mirror every second training image")
+    dataset: str = setting("fashion_mnist_mini", "name of the data set; wejepa.data.available_datasets() lists them")
+    root: str = setting("data", "folder with the data set's files (for imagefolder: the folder with train/ and test/)")
+    use_fake_data: bool = setting(False, "replace the data set by noise of the same shape: for testing the plumbing only")
+    fake_data_size: int = setting(256, "number of noise images, for training and again for testing", low=20)
+    train_batch_size: int = setting(64, "images per update, over all processes together", low=2)
+    eval_batch_size: int = setting(500, "images per forward pass when nothing is learnt", low=1)
+    num_workers: int = setting(0, "processes that decode images; data sets held in memory need none", low=0, high=256)
+    crop_scale: tuple[float, float] = setting((0.6, 1.0), "share of the image that a random crop keeps", low=0.01, high=1)
+    horizontal_flip: bool = setting(True, "mirror every second training image")
 
 
 @dataclass
 class MaskConfig(Section):
     """Which patches the student sees and which it must predict (I-JEPA, section 3 and appendix A.1)."""
 
-    target_scale: tuple[float, float] = _setting((0.15, 0.2), "area of a target block, as a share of the grid", low=0.001, high=1)
-    target_aspect_ratio: tuple[float, float] = _setting((0.75, 1.5), "height over width of a target block", low=0.1, high=10)
-    context_scale: tuple[float, float] = _setting((0.85, 1.0), "area of the context block, as a share of the grid", low=0.01, high=1)
-    context_aspect_ratio: tuple[float, float] = _setting((1.0, 1.0), "height over width of the context block", low=0.1, high=10)
-    num_target_blocks: int = _setting(4, "target blocks per image", low=1, high=64)
-    context_share: float = _setting(0.33, "share of the grid that the student sees: the same number in every image", low=0.01, high=0.99)
+    target_scale: tuple[float, float] = setting((0.15, 0.2), "area of a target block, as a share of the grid", low=0.001, high=1)
+    target_aspect_ratio: tuple[float, float] = setting((0.75, 1.5), "height over width of a target block", low=0.1, high=10)
+    context_scale: tuple[float, float] = setting((0.85, 1.0), "area of the context block, as a share of the grid", low=0.01, high=1)
+    context_aspect_ratio: tuple[float, float] = setting((1.0, 1.0), "height over width of the context block", low=0.1, high=10)
+    num_target_blocks: int = setting(4, "target blocks per image", low=1, high=64)
+    context_share: float = setting(0.33, "share of the grid that the student sees: the same number in every image", low=0.01, high=0.99)
 
     def num_context_patches(self, grid_size: tuple[int, int]) -> int:
         """Patches that the student sees on a grid of (H, W): a constant, whatever the batch and wherever the targets fall."""
@@ -149,47 +152,45 @@ class MaskConfig(Section):
 class ModelConfig(Section):
     """The size of the encoder and of the predictor."""
 
-    img_size: int = _setting(32, "height and width of an image, in pixels", low=2, high=4096)
-    patch_size: int = _setting(4, "height and width of a patch, in pixels", low=1, high=1024)
-    in_chans: int = _setting(3, "channels of an image: 1 for grey, 3 for colour", low=1, high=64)
-    embed_dim: int = _setting(128, "width of the encoder", low=4, high=16384)
-    enc_depth: int = _setting(4, "transformer blocks of the encoder", low=1, high=256)
-    pred_depth: int = _setting(2, "transformer blocks of the predictor", low=1, high=256)
-    pred_dim: int = _setting(64, "width of the predictor", low=4, high=16384)
-    num_heads: int = _setting(4, "attention heads, of the encoder and of the predictor", low=1, high=256)
-    mlp_ratio: float = _setting(4.0, "width of a block's hidden layer over its own width", low=0.1, high=16)
-    classification_backbone: str | None = dataclasses.field(
-        default=None, metadata={"help": "a torchvision classifier as encoder, or null for our own", "low": None, "high": None, "optional": True}
-    )
-    classification_pretrained: bool = _setting(False, "start from torchvision's published weights")
+    img_size: int = setting(32, "height and width of an image, in pixels", low=2, high=4096)
+    patch_size: int = setting(4, "height and width of a patch, in pixels", low=1, high=1024)
+    in_chans: int = setting(3, "channels of an image: 1 for grey, 3 for colour", low=1, high=64)
+    embed_dim: int = setting(128, "width of the encoder", low=4, high=16384)
+    enc_depth: int = setting(4, "transformer blocks of the encoder", low=1, high=256)
+    pred_depth: int = setting(2, "transformer blocks of the predictor", low=1, high=256)
+    pred_dim: int = setting(64, "width of the predictor", low=4, high=16384)
+    num_heads: int = setting(4, "attention heads, of the encoder and of the predictor", low=1, high=256)
+    mlp_ratio: float = setting(4.0, "width of a block's hidden layer over its own width", low=0.1, high=16)
+    classification_backbone: str | None = setting(None, "a torchvision classifier as encoder, or null for our own", optional=True)
+    classification_pretrained: bool = setting(False, "start from torchvision's published weights")
 
 
 @dataclass
 class OptimizerConfig(Section):
     """AdamW and the four schedules (I-JEPA, appendix A.1)."""
 
-    epochs: int = _setting(20, "passes over the training images", low=1)
-    warmup_epochs: float = _setting(1.0, "epochs in which the learning rate rises from start to base", low=0)
-    start_learning_rate: float = _setting(1e-4, "learning rate at the first step", low=0, high=10)
-    base_learning_rate: float = _setting(2e-3, "learning rate after the warm-up", low=0, high=10)
-    final_learning_rate: float = _setting(1e-5, "learning rate at the last step", low=0, high=10)
-    weight_decay: float = _setting(0.04, "weight decay at the first step; biases and norms have none", low=0, high=10)
-    final_weight_decay: float = _setting(0.04, "weight decay at the last step", low=0, high=10)
-    grad_clip_norm: float = _setting(1.0, "largest norm of the whole gradient; 0 switches clipping off", low=0)
-    momentum_teacher: float = _setting(0.98, "how much of itself the teacher keeps at the first step", low=0, high=1)
-    momentum_teacher_final: float = _setting(1.0, "how much of itself the teacher keeps at the last step", low=0, high=1)
+    epochs: int = setting(20, "passes over the training images", low=1)
+    warmup_epochs: float = setting(1.0, "epochs in which the learning rate rises from start to base", low=0)
+    start_learning_rate: float = setting(1e-4, "learning rate at the first step", low=0, high=10)
+    base_learning_rate: float = setting(2e-3, "learning rate after the warm-up", low=0, high=10)
+    final_learning_rate: float = setting(1e-5, "learning rate at the last step", low=0, high=10)
+    weight_decay: float = setting(0.04, "weight decay at the first step; biases and norms have none", low=0, high=10)
+    final_weight_decay: float = setting(0.04, "weight decay at the last step", low=0, high=10)
+    grad_clip_norm: float = setting(1.0, "largest norm of the whole gradient; 0 switches clipping off", low=0)
+    momentum_teacher: float = setting(0.98, "how much of itself the teacher keeps at the first step", low=0, high=1)
+    momentum_teacher_final: float = setting(1.0, "how much of itself the teacher keeps at the last step", low=0, high=1)
 
 
 @dataclass
 class HardwareConfig(Section):
     """Where it runs, how exactly it repeats, and what it leaves behind."""
 
-    seed: int = _setting(0, "the run's only source of randomness", low=0, high=2**31 - 1)
-    device: str = _setting("auto", "cpu, cuda, mps, or auto for the best one present")
-    mixed_precision: bool = _setting(True, "bfloat16 matrix products wherever the device computes them natively")
-    compile_model: bool = _setting(False, "torch.compile the step: slow to start, pays in long runs")
-    checkpoint_every: int = _setting(5, "epochs between checkpoints; the last epoch always writes one", low=1)
-    output_dir: str = _setting("outputs/pretrain", "folder for the checkpoints and the log")
+    seed: int = setting(0, "the run's only source of randomness", low=0, high=2**31 - 1)
+    device: str = setting("auto", "cpu, cuda, mps, or auto for the best one present")
+    mixed_precision: bool = setting(True, "bfloat16 matrix products wherever the device computes them natively")
+    compile_model: bool = setting(False, "torch.compile the step: slow to start, pays in long runs")
+    checkpoint_every: int = setting(5, "epochs between checkpoints; the last epoch always writes one", low=1)
+    output_dir: str = setting("outputs/pretrain", "folder for the checkpoints and the log")
 
 
 _SECTION_NAMES: dict[type, str] = {
@@ -282,7 +283,14 @@ class IJepaConfig:
                     f"model.num_heads = {m.num_heads} does not divide model.{name} = {width}: "
                     f"take num_heads {heads}, or {name} {math.ceil(width / m.num_heads) * m.num_heads}"
                 )
-        if m.classification_pretrained and m.classification_backbone is None:
+        if m.classification_backbone is not None:
+            for name, value in backbone_sizes(m.classification_backbone).items():
+                if getattr(m, name) != value:
+                    raise ConfigError(
+                        f"model.{name} = {getattr(m, name)} does not fit model.classification_backbone = {m.classification_backbone!r}, "
+                        f"which has {value}: let adapt_config_for_backbone(cfg, {m.classification_backbone!r}) set it"
+                    )
+        elif m.classification_pretrained:
             raise ConfigError("model.classification_pretrained = true needs model.classification_backbone: name one, such as 'vit_b_16'")
         if o.warmup_epochs > o.epochs:
             raise ConfigError(f"optimizer.warmup_epochs = {o.warmup_epochs} is longer than optimizer.epochs = {o.epochs}: make it shorter")
@@ -308,7 +316,8 @@ class IJepaConfig:
             "predictor": f"width {m.pred_dim}, depth {m.pred_depth}",
             "optimizer": f"{o.epochs} epochs, rate {o.start_learning_rate:g} -> {o.base_learning_rate:g} -> {o.final_learning_rate:g}, "
             f"decay {o.weight_decay:g} -> {o.final_weight_decay:g}, momentum {o.momentum_teacher:g} -> {o.momentum_teacher_final:g}",
-            "hardware": f"device {h.device}, {'bfloat16 where native' if h.mixed_precision else 'float32'}, seed {h.seed}, output in {h.output_dir}",
+            "hardware": f"device {h.device}, {'bfloat16 where native' if h.mixed_precision else 'float32'}, seed {h.seed}, "
+            f"output in {h.output_dir}",
         }
         return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
 
@@ -329,6 +338,41 @@ def parse_override(text: str) -> tuple[str, str, Any]:
 
 
 # ---------------------------------------------------------------- presets
+
+# torchvision's classifiers that serve as encoders, and their sizes.
+BACKBONES = {
+    "vit_b_16": {"patch_size": 16, "embed_dim": 768, "enc_depth": 12, "num_heads": 12},
+    "vit_b_32": {"patch_size": 32, "embed_dim": 768, "enc_depth": 12, "num_heads": 12},
+    "vit_l_16": {"patch_size": 16, "embed_dim": 1024, "enc_depth": 24, "num_heads": 16},
+    "vit_l_32": {"patch_size": 32, "embed_dim": 1024, "enc_depth": 24, "num_heads": 16},
+}
+
+
+def backbone_sizes(name: str) -> dict[str, Any]:
+    """The settings of `model` that a backbone fixes."""
+    if name not in BACKBONES:
+        raise ConfigError(f"model.classification_backbone = {name!r} is not known; {did_you_mean(name, list(BACKBONES))}")
+    return {**BACKBONES[name], "in_chans": 3, "mlp_ratio": 4.0}
+
+
+def adapt_config_for_backbone(cfg: IJepaConfig, name: str) -> IJepaConfig:
+    """A copy of `cfg` whose encoder is a torchvision classifier.
+
+    Patch size, width, depth and heads become the backbone's, and the predictor half as wide as the encoder. The image size stays if it
+    makes a grid of at least 4 x 4 patches, and becomes 224 otherwise.
+
+    Raises:
+        ConfigError: the backbone is not known.
+    """
+    cfg = cfg.copy()
+    for setting, value in backbone_sizes(name).items():
+        setattr(cfg.model, setting, value)
+    cfg.model.classification_backbone = name
+    cfg.model.pred_dim = cfg.model.embed_dim // 2
+    if cfg.model.img_size % cfg.model.patch_size or cfg.model.img_size < 4 * cfg.model.patch_size:
+        cfg.model.img_size = 224
+    cfg.validate()
+    return cfg
 
 
 def default_config() -> IJepaConfig:

@@ -273,7 +273,9 @@ def _folder_files(name: str, root: Path, split: str):
     tried = [root / "train"] if split == "train" else [root / "test", root / "val"]
     folder = next((f for f in tried if f.is_dir()), None)
     if folder is None:
-        raise DataError(f"data.root = {str(root)!r} has no folder {' or '.join(f.name for f in tried)}: put one there, with a folder a class in it")
+        raise DataError(
+            f"data.root = {str(root)!r} has no folder {' or '.join(f.name for f in tried)}: put one there, with a folder a class in it"
+        )
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS and f.is_file())
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)}): put some there, with a folder a class")

@@ -32,9 +32,7 @@ class Masks(NamedTuple):
         return Masks(self.context.to(device), self.targets.to(device))
 
 
-def sample_block_masks(
-    batch_size: int, grid_size: tuple[int, int], cfg: MaskConfig, generator: torch.Generator | None = None
-) -> Masks:
+def sample_block_masks(batch_size: int, grid_size: tuple[int, int], cfg: MaskConfig, generator: torch.Generator | None = None) -> Masks:
     """Sample the masks of a batch in one vectorised call.
 
     The blocks' shape is drawn once a call, since a batch is one tensor; their places are drawn for every image and block.
@@ -54,7 +52,7 @@ def sample_block_masks(
         ConfigError: the grid cannot hold the blocks beside the context.
     """
     cfg.check_grid(grid_size)
-    (rows, cols), patches, blocks = grid_size, grid_size[0] * grid_size[1], cfg.num_target_blocks
+    cols, patches, blocks = grid_size[1], grid_size[0] * grid_size[1], cfg.num_target_blocks
     context_size = cfg.num_context_patches(grid_size)
     room = patches - context_size
 

@@ -47,7 +47,9 @@ def pool_tokens(tokens: Tensor, grid_size: tuple[int, int], pooling: str, cells:
     raise ConfigError(f"pooling = {pooling!r}: give one of {', '.join(POOLINGS)}")
 
 
-def extract_backbone_features(model, source, index: Tensor | None = None, *, encoder: str = "teacher", pooling: str = "mean", batch_size: int = 500):
+def extract_backbone_features(
+    model, source, index: Tensor | None = None, *, encoder: str = "teacher", pooling: str = "mean", batch_size: int = 500
+):
     """Pooled features (N, F) of images under a model's encoder.
 
     Args:

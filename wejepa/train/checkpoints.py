@@ -80,7 +80,9 @@ def load_weights(model: IJEPA_base, weights: dict[str, torch.Tensor], path: str 
     own = model.state_dict()
     faults = [f"{k} is missing" for k in own if k not in weights]
     faults += [f"{k} is unexpected" for k in weights if k not in own]
-    faults += [f"{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}" for k, v in own.items() if k in weights and weights[k].shape != v.shape]
+    faults += [
+        f"{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}" for k, v in own.items() if k in weights and weights[k].shape != v.shape
+    ]
     if faults:
         more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise CheckpointError(f"{path} was made for another architecture: {faults[0]}{more}; give the config it was trained with")

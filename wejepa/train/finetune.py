@@ -7,7 +7,6 @@ the *training* images, the regression trained anew with it on all of them, and o
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wejepa.analysis.features import POOLINGS, knn_accuracy, pool_tokens
-from wejepa.config import IJepaConfig, Section, _setting
+from wejepa.config import IJepaConfig, Section, setting
 from wejepa.data import generator_for, load_images, random_crops
 from wejepa.errors import ConfigError, DataError
 from wejepa.model import Encoder, IJEPA_base
@@ -24,7 +23,7 @@ from wejepa.train.checkpoints import load_model
 from wejepa.train.loop import autocast, encode_images, parameter_groups
 from wejepa.train.schedules import cosine
 
-__all__ = ["Comparison", "FinetuneConfig", "ProbeResult", "compare_pretrained_vs_scratch", "fit_probe", "train_linear_probe"]
+__all__ = ["Comparison", "FinetuneConfig", "Judge", "ProbeResult", "compare_pretrained_vs_scratch", "fit_probe", "train_linear_probe"]
 
 LEARNING_RATES = (1e-3, 1e-2)  # times the square root of the feature's width
 WEIGHT_DECAYS = (0.0, 1e-3, 1e-2)  # share of the weight that a step takes away at the full rate
@@ -34,17 +33,15 @@ WEIGHT_DECAYS = (0.0, 1e-3, 1e-2)  # share of the weight that a step takes away 
 class FinetuneConfig(Section):
     """How features are judged."""
 
-    checkpoint: str = _setting("outputs/pretrain/latest.pt", "checkpoint of wejepa.train.pretrain")
-    encoder: str = _setting("teacher", "teacher, as in the paper, or student")
-    pooling: str = _setting("grid", "mean over all tokens, or over each cell of a 4 x 4 grid")
-    labels_per_class: int = _setting(500, "labelled training images of each class; 0 takes all", low=0)
-    epochs: int = _setting(40, "passes of the probe over its features", low=1)
-    batch_size: int = _setting(250, "features per update of the probe", low=1)
-    supervised_epochs: int = _setting(30, "passes of the encoder that is trained with labels from scratch", low=1)
-    seed: int = _setting(0, "choice of the split, order of the batches, initial weights", low=0, high=2**31 - 1)
-    data_root: str | None = dataclasses.field(
-        default=None, metadata={"help": "where the data set is now, if not where the checkpoint saw it", "low": None, "high": None, "optional": True}
-    )
+    checkpoint: str = setting("outputs/pretrain/latest.pt", "checkpoint of wejepa.train.pretrain")
+    encoder: str = setting("teacher", "teacher, as in the paper, or student")
+    pooling: str = setting("grid", "mean over all tokens, or over each cell of a 4 x 4 grid")
+    labels_per_class: int = setting(500, "labelled training images of each class; 0 takes all", low=0)
+    epochs: int = setting(40, "passes of the probe over its features", low=1)
+    batch_size: int = setting(250, "features per update of the probe", low=1)
+    supervised_epochs: int = setting(30, "passes of the encoder that is trained with labels from scratch", low=1)
+    seed: int = setting(0, "choice of the split, order of the batches, initial weights", low=0, high=2**31 - 1)
+    data_root: str | None = setting(None, "where the data set is now, if not where the checkpoint saw it", optional=True)
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,10 @@ def train_linear_probe(cfg: FinetuneConfig, model: IJEPA_base | None = None) -> 
         CheckpointError: the checkpoint is absent or damaged.
         DataError: the labelled images are too few.
     """
-    task = _Task(cfg, model or load_model(cfg.checkpoint))
-    train, test = (pool_tokens(tokens, task.grid_size, cfg.pooling) for tokens in task.tokens(task.model, cfg.encoder))
-    return fit_probe(train, task.train_y, test, task.test_y, cfg)
+    model = model or load_model(cfg.checkpoint)
+    judge = Judge(cfg, model.cfg)
+    train, test = (pool_tokens(tokens, model.cfg.grid_size, cfg.pooling) for tokens in judge.tokens(model))
+    return fit_probe(train, judge.train_y, test, judge.test_y, cfg)
 
 
 def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, cfg: FinetuneConfig) -> ProbeResult:
@@ -167,19 +165,23 @@ def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None 
         model: a model to judge instead of `cfg.checkpoint`.
         pretraining_seconds: told in the table.
     """
-    task = _Task(cfg, model or load_model(cfg.checkpoint))
-    torch.manual_seed(task.model.cfg.hardware.seed)  # as the pretraining began
-    untrained = IJEPA_base.from_config(task.model.cfg)
+    model = model or load_model(cfg.checkpoint)
+    judge = Judge(cfg, model.cfg)
     rows = {
-        f"pretrained {cfg.encoder}": task.judge(task.tokens(task.model, cfg.encoder)) | {"seconds": pretraining_seconds},
-        "same encoder, random": task.judge(task.tokens(untrained, cfg.encoder)) | {"seconds": 0.0},
-        "raw pixels": task.judge_pixels() | {"seconds": 0.0},
+        f"pretrained {cfg.encoder}": judge.scores(model) | {"seconds": pretraining_seconds},
+        "same encoder, random": judge.scores(untrained(model.cfg)) | {"seconds": 0.0},
+        "raw pixels": judge.pixel_scores() | {"seconds": 0.0},
     }
     start = time.perf_counter()
-    supervised = train_supervised(task.model.cfg, task.source, task.index, cfg)
-    seconds = time.perf_counter() - start
-    rows["whole encoder, with labels"] = task.judge(task.tokens(supervised, cfg.encoder)) | {"seconds": seconds}
-    return Comparison(rows, len(task.index), len(task.test_y))
+    supervised = train_supervised(model.cfg, judge.train, judge.index, cfg)
+    rows["whole encoder, with labels"] = {"seconds": time.perf_counter() - start} | judge.scores(supervised)
+    return Comparison(rows, len(judge.index), len(judge.test_y))
+
+
+def untrained(cfg: IJepaConfig) -> IJEPA_base:
+    """The model of a config as its pretraining begins."""
+    torch.manual_seed(cfg.hardware.seed)
+    return IJEPA_base.from_config(cfg).eval()
 
 
 def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: FinetuneConfig) -> IJEPA_base:
@@ -215,45 +217,58 @@ def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: Finetune
     return model.eval()
 
 
-class _Task:
-    """The labelled and the test images of a comparison, and how features of them are judged."""
+class Judge:
+    """One protocol for every encoder: the same labelled images, the same test images, the same probes.
 
-    def __init__(self, cfg: FinetuneConfig, model: IJEPA_base):
+    Args:
+        cfg: the protocol.
+        config: names the data set, the image's size and the grid.
+
+    Attributes:
+        train, test: the images; `index` says which of `train` have labels.
+
+    Raises:
+        ConfigError: an encoder or a pooling that is not known.
+        DataError: the set has fewer than two classes.
+    """
+
+    def __init__(self, cfg: FinetuneConfig, config: IJepaConfig):
         for name, known in (("encoder", ("teacher", "student")), ("pooling", POOLINGS)):
             if getattr(cfg, name) not in known:
                 raise ConfigError(f"{name} = {getattr(cfg, name)!r}: give {' or '.join(known)}")
-        self.cfg, self.model = cfg, model
-        config = model.cfg.copy()
+        config = config.copy()
         if cfg.data_root is not None:
             config.data.root = cfg.data_root
-        self.grid_size = config.grid_size
-        self.source, self.test = load_images(config, "train"), load_images(config, "test")
-        if len(self.source.classes) < 2:
-            raise DataError(f"a probe needs two classes or more, data.dataset = {config.data.dataset!r} has {len(self.source.classes)}: sort the images into class folders")
-        self.index = first_of_each_class(self.source.labels, cfg.labels_per_class)
-        self.train_y, self.test_y = self.source.labels[self.index], self.test.labels
+        self.cfg, self.config = cfg, config
+        self.train, self.test = load_images(config, "train"), load_images(config, "test")
+        if len(self.train.classes) < 2:
+            raise DataError(f"data.dataset = {config.data.dataset!r} has one class, a probe needs two: sort the images into class folders")
+        self.index = first_of_each_class(self.train.labels, cfg.labels_per_class)
+        self.train_y, self.test_y = self.train.labels[self.index], self.test.labels
 
-    def tokens(self, model: IJEPA_base, encoder: str) -> tuple[Tensor, Tensor]:
+    def tokens(self, model: IJEPA_base) -> tuple[Tensor, Tensor]:
         """Tokens of the labelled and of the test images, each (N, P, D)."""
-        everything = torch.arange(len(self.test))
-        return encode_images(model, self.source, self.index, model.cfg, encoder), encode_images(model, self.test, everything, model.cfg, encoder)
+        images = ((self.train, self.index), (self.test, torch.arange(len(self.test))))
+        train, test = (encode_images(model, source, index, model.cfg, self.cfg.encoder) for source, index in images)
+        return train, test
 
-    def judge(self, tokens: tuple[Tensor, Tensor]) -> dict[str, float]:
-        pooled = {pooling: tuple(pool_tokens(t, self.grid_size, pooling) for t in tokens) for pooling in POOLINGS}
-        return self._scores(pooled)
+    def scores(self, model: IJEPA_base) -> dict[str, float]:
+        """Test accuracy of an encoder: "mean", "grid" and "knn"."""
+        tokens = self.tokens(model)
+        return self._scores({pooling: [pool_tokens(t, self.config.grid_size, pooling) for t in tokens] for pooling in POOLINGS})
 
-    def judge_pixels(self) -> dict[str, float]:
-        size = self.model.cfg.model.patch_size
-        pixels = [torch.cat(list(s.batches(i, 500))) for s, i in ((self.source, self.index), (self.test, torch.arange(len(self.test))))]
+    def pixel_scores(self) -> dict[str, float]:
+        """The same for the pixels: the mean patch under "mean"; every pixel, more than the grid keeps, under "grid" and "knn"."""
+        size = self.config.model.patch_size
+        images = ((self.train, self.index), (self.test, torch.arange(len(self.test))))
+        pixels = [torch.cat(list(source.batches(index, 500))) for source, index in images]
         if all((x == x[:, :1]).all() for x in pixels):
             pixels = [x[:, :1] for x in pixels]  # grey images: their channels are copies of one another
-        patches = tuple(F.unfold(x, size, stride=size).mean(2) for x in pixels)  # (N, C * size * size)
-        return self._scores({"mean": patches, "grid": tuple(x.flatten(1) for x in pixels)})
+        patches = [F.unfold(x, size, stride=size).mean(2) for x in pixels]  # (N, C * size * size)
+        return self._scores({"mean": patches, "grid": [x.flatten(1) for x in pixels]})
 
-    def _scores(self, pooled: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        for pooling, (train, test) in pooled.items():
-            scores[pooling] = fit_probe(train, self.train_y, test, self.test_y, self.cfg).accuracy
+    def _scores(self, pooled: dict[str, list[Tensor]]) -> dict[str, float]:
+        scores = {name: fit_probe(train, self.train_y, test, self.test_y, self.cfg).accuracy for name, (train, test) in pooled.items()}
         train, test = pooled["grid"]
         return scores | {"knn": knn_accuracy(train, self.train_y, test, self.test_y)}
 
@@ -263,5 +278,3 @@ def first_of_each_class(labels: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.arange(len(labels))
     return torch.cat([(labels == c).nonzero().flatten()[:count] for c in labels.unique()]).sort().values
-
-

@@ -88,7 +88,9 @@ class Pretraining:
         epochs = self.cfg.optimizer.epochs
         while self.step < epochs * self.steps_per_epoch:
             epoch, losses, start = self.step // self.steps_per_epoch, [], time.perf_counter()
-            bar = tqdm(training_batches(self.source, self.cfg, epoch), total=self.steps_per_epoch, leave=False, desc=f"epoch {epoch + 1}/{epochs}")
+            bar = tqdm(
+                training_batches(self.source, self.cfg, epoch), total=self.steps_per_epoch, leave=False, desc=f"epoch {epoch + 1}/{epochs}"
+            )
             for images in bar:
                 losses.append(self.train_step(images))
             seconds = time.perf_counter() - start
@@ -128,13 +130,13 @@ class Pretraining:
 
     def _restore(self, path: str | Path) -> None:
         state = load_checkpoint(path)
-        theirs, ours = state["config"], self.cfg.to_dict()
         for section in ("data", "mask", "model", "optimizer"):
-            for name, value in ours[section].items():
-                if name not in ("root", "num_workers", "eval_batch_size") and theirs.get(section, {}).get(name) != value:
+            for name, ours in self.cfg.to_dict()[section].items():
+                theirs = state["config"].get(section, {}).get(name)
+                if theirs != ours and name not in ("root", "num_workers", "eval_batch_size"):
                     raise CheckpointError(
-                        f"{path} was trained with {section}.{name} = {theirs.get(section, {}).get(name)!r}, this run says {value!r}: "
-                        f"a resumed run goes on with the settings it began with; set it back, or start afresh in another hardware.output_dir"
+                        f"{path} was trained with {section}.{name} = {theirs!r}, this run says {ours!r}: a resumed run goes on with the "
+                        f"settings it began with; set it back, or start afresh in another hardware.output_dir"
                     )
         load_weights(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,91 @@
+"""What a few minutes of pretraining teach, over seeds, beside the baselines.
+
+    python -m benchmarks.learning                         # three seeds at 1, 2, 5 and 10 minutes: about an hour and a quarter
+    python -m benchmarks.learning --minutes 1 --seeds 0
+    python -m benchmarks.learning --root DATA             # test on the 10,000 official images in DATA/FashionMNIST/raw
+
+Pretraining always sees the 10,000 embedded images without their labels, and every row is judged with the labels of the first
+500 of each class.
+The test images are the embedded 2,000, or with --root the official 10,000. A budget in minutes is turned into epochs by timing two epochs
+first, so that a busy machine makes the benchmark longer, not the runs shorter; --seconds-per-epoch takes an earlier timing instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from wejepa.config import IJepaConfig, default_config
+from wejepa.train.finetune import FinetuneConfig, Judge, train_supervised, untrained
+from wejepa.train.loop import Pretraining
+
+COLUMNS = ("mean", "grid", "knn")
+
+
+def seconds_per_epoch(cfg: IJepaConfig) -> float:
+    """The time of a whole epoch, its monitoring included, after one to warm up."""
+    cfg = cfg.copy()
+    cfg.optimizer.epochs = 2
+    run = Pretraining(cfg)
+    times = [time.perf_counter()]
+    run.run(report=lambda entry: times.append(time.perf_counter()))
+    return times[2] - times[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 2, 5, 10])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--root", help="folder with FashionMNIST/raw, for the official test images")
+    parser.add_argument("--seconds-per-epoch", type=float, help="instead of timing it now")
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    args = parser.parse_args()
+
+    results: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = default_config()
+        cfg.hardware.output_dir = folder
+        pace = args.seconds_per_epoch or seconds_per_epoch(cfg)
+        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {pace:.2f} s an epoch", flush=True)
+        for seed in args.seeds:
+            cfg.hardware.seed = seed
+            protocol, judged = FinetuneConfig(seed=seed), cfg.copy()
+            if args.root:
+                judged.data.dataset, judged.data.root = "fashion_mnist", args.root
+            judge = Judge(protocol, judged)
+
+            def note(row: str, scores: dict[str, float], seed: int = seed) -> None:
+                results.setdefault(row, []).append(scores)
+                print(f"seed {seed}  {row:<28}" + "".join(f"{100 * scores[c]:7.1f}" for c in COLUMNS), flush=True)
+
+            note("raw pixels", judge.pixel_scores())
+            note("random encoder", judge.scores(untrained(cfg)))
+            note("whole encoder, with labels", judge.scores(train_supervised(judged, judge.train, judge.index, protocol)))
+            for minutes in args.minutes:
+                cfg.optimizer.epochs = max(2, round(60 * minutes / pace))
+                run = Pretraining(cfg)
+                start = time.perf_counter()
+                run.run()
+                spent = time.perf_counter() - start
+                note(f"{minutes:g} min ({cfg.optimizer.epochs} epochs)", judge.scores(run.model.eval()) | {"seconds": spent})
+
+    print(f"\nTest accuracy in percent over {len(judge.test_y)} images, mean over {len(args.seeds)} seeds (smallest to largest)\n")
+    print("| | mean-pooled tokens | tokens on a 4 x 4 grid | k-NN |\n|---|---:|---:|---:|")
+    for row, runs in results.items():
+        cells = []
+        for c in COLUMNS:
+            values = [100 * r[c] for r in runs]
+            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+        print(f"| {row} | " + " | ".join(cells) + " |")
+    if args.json:
+        args.json.write_text(json.dumps({"test_images": len(judge.test_y), "seconds_per_epoch": pace, "rows": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The notebooks' contract: they run, they have the course's form, their exercises are solvable, their outputs are of this source."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def load_render_script():
+    spec = importlib.util.spec_from_file_location("render_notebooks", ROOT / "scripts" / "render_notebooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parameters(notebook):
+    cells = [c for c in notebook.cells if "parameters" in tags(c)]
+    assert len(cells) == 1, "one cell is tagged parameters"
+    return cells[0]
+
+
+def solved(notebook) -> list:
+    """The cells with each exercise tried as it stands, which must fail, and then with its folded solution."""
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    solutions = iter(re.findall(r"Solution</summary>\s*```python\n(.*?)```", text, re.S))
+    cells = []
+    for cell in notebook.cells:
+        if "exercise" not in tags(cell):
+            cells.append(cell)
+            continue
+        _, check = cell.source.split("\n\n\n", 1)  # the open function, then what it is tried on
+        attempt = f"try:\n    exec({cell.source!r})\nexcept Exception:\n    pass\nelse:\n    raise AssertionError('passes unsolved')"
+        cells += [nbformat.v4.new_code_cell(attempt), nbformat.v4.new_code_cell(next(solutions) + "\n\n" + check)]
+    assert next(solutions, None) is None, "there is a solution without an exercise"
+    return cells
+
+
+@pytest.fixture(scope="session")
+def executed(tmp_path_factory):
+    """A notebook run once on FakeData, exercises and all, with its parameters mocked as its metadata says."""
+    done = {}
+
+    def run(path):
+        if path not in done:
+            notebook = read(path)
+            cell = parameters(notebook)
+            mock = cell.metadata["nbmake"]["mock"] | {"output_dir": str(tmp_path_factory.mktemp(path.stem))}
+            cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in mock.items())
+            notebook.cells = solved(notebook)
+            NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+            done[path] = notebook
+        return done[path]
+
+    return run
+
+
+def test_runs_on_fake_data(path, executed):
+    """No cell fails, no output is an error (a widget's callback prints its traceback without failing the cell), exercises are solvable."""
+    notebook = executed(path)
+    for i, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error", f"cell {i} shows {output.get('ename')}: {output.get('evalue')}"
+
+
+def test_every_figure_is_drawn(path, executed):
+    """A cell that draws leaves a picture, not the text of a figure object."""
+    for i, cell in enumerate(executed(path).cells):
+        last = ast.parse(cell.source).body[-1:] if cell.cell_type == "code" else []
+        if last and isinstance(last[0], ast.Expr) and re.match(r"(plot|visualize)_", ast.unparse(last[0])):
+            assert any("image/png" in output.get("data", {}) for output in cell.outputs), f"cell {i} draws nothing"
+
+
+def test_header_says_what_to_expect(path):
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown"
+    order = ["# ", "**Claim.**", "**You will learn**", "**Before this**", "**Runtime**", "**Paper**", "**Open it**"]
+    places = [first.source.find(part) for part in order]
+    assert -1 not in places, f"missing: {[p for p, at in zip(order, places, strict=True) if at < 0]}"
+    assert places == sorted(places), "the header's parts are out of order"
+
+
+def test_parameters_are_literals_with_type_and_comment(path):
+    notebook = read(path)
+    cell = parameters(notebook)
+    assert notebook.cells.index(cell) == 1, "the parameters come right after the header"
+    names = {}
+    for line in cell.source.splitlines():
+        node = ast.parse(line).body[0]
+        assert isinstance(node, ast.AnnAssign), f"write `name: type = value`: {line}"
+        assert "#" in line, f"say what it is: {line}"
+        names[node.target.id] = ast.literal_eval(node.value)  # raises where a parameter is derived from another
+    mock = cell.metadata["nbmake"]["mock"]
+    assert set(mock) <= set(names), f"mocked but not a parameter: {set(mock) - set(names)}"
+    for name, value in mock.items():
+        assert type(value) is type(names[name]), f"{name} is mocked by another type"
+
+
+def test_no_shell_magic(path):
+    for cell in read(path).cells:
+        if cell.cell_type == "code":
+            assert not re.search(r"^\s*[!%]", cell.source, re.M), "shell escapes and magics hide failure: use subprocess.run(check=True)"
+
+
+def test_claims_table_and_exercises(path):
+    notebook = read(path)
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    assert "## What we checked" in text and "## Exercises" in text and "## Next" in text
+    assert sum("exercise" in tags(c) for c in notebook.cells) == 3
+
+
+def test_outputs_belong_to_this_source(path):
+    """A committed output was made by the source above it, on the real images; `make render` makes them anew."""
+    source_hash = load_render_script().source_hash
+    for i, cell in enumerate(read(path).cells):
+        if cell.cell_type == "code":
+            assert cell.metadata.get("rendered") == source_hash(cell.source), f"cell {i}: its output is of other source; run `make render`"
+
+
+def test_outputs_are_fit_to_commit(path):
+    text = path.read_text()
+    assert len(text) < 1_000_000
+    for unwanted in ("application/vnd.jupyter.widget", '"execution": {', "/home/", "/root/", "/tmp/", "0%|"):
+        assert unwanted not in text, f"{unwanted!r} is in the committed notebook"
+
+
+def test_text_refers_to_nothing_missing(path):
+    """Every relative link of the text leads to a file of the repository."""
+    for cell in read(path).cells:
+        if cell.cell_type == "markdown":
+            for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", cell.source):
+                assert (path.parent / target).exists(), f"{target} does not exist"

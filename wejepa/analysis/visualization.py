@@ -1,0 +1,171 @@
+"""Figures from tensors: images, masks, training curves, comparisons, attention. Each returns a matplotlib figure.
+
+Colours are of Okabe and Ito's palette and the map is cividis: both read the same to colour-blind eyes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from wejepa.masking import Masks
+
+__all__ = [
+    "plot_comparison",
+    "plot_history",
+    "plot_images",
+    "plot_masks",
+    "plot_tsne_embeddings",
+    "visualize_attention_scores",
+]
+
+CONTEXT, TARGET = "#0072B2", "#D55E00"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999", "#6A3D9A")
+
+
+def to_picture(image: Tensor) -> Tensor:
+    """An image (C, H, W) of any range as (H, W, 3) from 0 to 1."""
+    image = image.detach().float()
+    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+    return image.expand(3, -1, -1).permute(1, 2, 0) if image.shape[0] == 1 else image[:3].permute(1, 2, 0)
+
+
+def plot_images(images: Tensor, titles: Sequence[str] = (), *, columns: int = 10, title: str = "") -> Figure:
+    """A grid of images (B, C, H, W), with a line above each."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.35 * rows), squeeze=False, layout="constrained")
+    for i, ax in enumerate(axes.flat):
+        ax.axis("off")
+        if i < len(images):
+            ax.imshow(to_picture(images[i]))
+            ax.set_title(titles[i] if i < len(titles) else "", fontsize=9)
+    fig.suptitle(title)
+    plt.close(fig)  # shown once, by the cell that returns it
+    return fig
+
+
+def plot_masks(images: Tensor, masks: Masks, grid_size: tuple[int, int], *, title: str = "What is seen, what is asked") -> Figure:
+    """For each image (B, C, H, W): the whole, what the student sees, and the target blocks it must predict."""
+    columns = len(images)
+    fig, axes = plt.subplots(3, columns, figsize=(1.5 * columns + 0.9, 5.2), squeeze=False, layout="constrained")
+    high, wide = images.shape[-2] // grid_size[0], images.shape[-1] // grid_size[1]
+    for column in range(columns):
+        picture = to_picture(images[column])
+        visible = torch.zeros(grid_size[0] * grid_size[1])
+        visible[masks.context[column]] = 1
+        visible = F.interpolate(visible.view(1, 1, *grid_size), scale_factor=(high, wide)).squeeze()[..., None]
+        axes[0, column].imshow(picture)
+        axes[1, column].imshow(picture * visible + 0.82 * (1 - visible))
+        axes[2, column].imshow(0.35 * picture + 0.65)
+        for block, target in enumerate(masks.targets[column]):
+            row, col = target // grid_size[1], target % grid_size[1]
+            corner = (col.min() * wide - 0.5, row.min() * high - 0.5)
+            size = ((col.max() - col.min() + 1) * wide, (row.max() - row.min() + 1) * high)
+            colour = PALETTE[(block + 1) % len(PALETTE)]
+            axes[2, column].add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=2))
+    for row, name in enumerate(
+        ("image", f"context\n({masks.context.shape[1]} patches)", f"targets\n({masks.targets.shape[1]} blocks of {masks.targets.shape[2]})")
+    ):
+        axes[row, 0].set_ylabel(name)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
+
+
+def plot_history(history: list[dict[str, Any]], *, title: str = "Pretraining") -> Figure:
+    """Loss, teacher variance, RankMe and nearest-neighbour accuracy over the epochs of a run's history."""
+    panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
+    panels = [(key, name) for key, name in panels if history[0].get(key) is not None]
+    fig, axes = plt.subplots(1, len(panels), figsize=(2.9 * len(panels), 2.7), squeeze=False, layout="constrained")
+    epochs = [entry["epoch"] for entry in history]
+    for ax, (key, name), colour in zip(axes[0], panels, PALETTE, strict=False):
+        ax.plot(epochs, [entry[key] for entry in history], color=colour, marker="." if len(epochs) < 40 else None)
+        ax.set(title=name, xlabel="epoch")
+        ax.grid(alpha=0.3)
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
+
+
+def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test accuracy under one protocol") -> Figure:
+    """Bars for each row of a `Comparison`, one group for each way of reading the tokens."""
+    groups = (("mean", "mean-pooled tokens"), ("grid", "tokens on a 4 x 4 grid"), ("knn", "k-NN"))
+    fig, ax = plt.subplots(figsize=(8.5, 3.6), layout="constrained")
+    width = 0.8 / len(rows)
+    for i, ((name, row), colour) in enumerate(zip(rows.items(), (PALETTE[0], "#999999", PALETTE[4], PALETTE[2]), strict=False)):
+        at = [g + (i - (len(rows) - 1) / 2) * width for g in range(len(groups))]
+        bars = ax.bar(at, [100 * row[key] for key, _ in groups], width * 0.92, color=colour, label=name)
+        ax.bar_label(bars, fmt="%.1f", fontsize=8)
+    ax.set_xticks(range(len(groups)), [name for _, name in groups])
+    ax.set(ylabel="accuracy, %", ylim=(0, 100), title=title)
+    ax.legend(ncols=len(rows), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    plt.close(fig)
+    return fig
+
+
+def visualize_attention_scores(
+    image: Tensor,
+    attentions: Sequence[Tensor],
+    grid_size: tuple[int, int],
+    *,
+    query: int | None = None,
+    layers: Sequence[int] | None = None,
+    title: str = "",
+) -> Figure:
+    """Attention over an image, one heatmap a layer, averaged over the heads.
+
+    Args:
+        image: (C, H, W).
+        attentions: for each layer (heads, N, N) of this one image, rows being the queries.
+        grid_size: patches down and across.
+        query: the patch whose attention is shown and marked; None for the mean over all patches: how much each one is looked at.
+        layers: which layers, all by default.
+        title: above the figure.
+    """
+    layers = range(len(attentions)) if layers is None else layers
+    fig, axes = plt.subplots(1, 1 + len(layers), figsize=(2.3 * (1 + len(layers)) + 0.6, 2.7), squeeze=False, layout="constrained")
+    axes, picture = axes[0], to_picture(image)
+    high, wide = image.shape[-2] / grid_size[0], image.shape[-1] / grid_size[1]
+    maps = torch.stack([attentions[k].float().mean(0) for k in layers])  # (L, N, N)
+    maps = (maps.mean(1) if query is None else maps[:, query]).view(-1, *grid_size) * maps.shape[-1]  # 1 is an even share
+    axes[0].imshow(picture)
+    axes[0].set_title("image")
+    for ax, layer, heat in zip(axes[1:], layers, maps, strict=True):
+        drawn = ax.imshow(
+            heat, cmap="cividis", vmin=0, vmax=float(maps.max()), extent=(-0.5, image.shape[-1] - 0.5, image.shape[-2] - 0.5, -0.5)
+        )
+        ax.set_title(f"layer {layer % len(attentions) + 1}")
+    fig.colorbar(drawn, ax=list(axes), shrink=0.8, label="attention\n(1 = even share)")
+    for ax in axes:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        if query is not None:
+            row, col = divmod(query, grid_size[1])
+            ax.add_patch(Rectangle((col * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=TARGET, linewidth=2))
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
+
+
+def plot_tsne_embeddings(points: Tensor, labels: Tensor, classes: Sequence[str], *, title: str = "t-SNE of the features") -> Figure:
+    """A scatter of points (N, 2), coloured by class."""
+    fig, ax = plt.subplots(figsize=(6.5, 5), layout="constrained")
+    colours = ListedColormap(PALETTE)
+    ax.scatter(points[:, 0], points[:, 1], c=labels % len(PALETTE), cmap=colours, vmin=-0.5, vmax=len(PALETTE) - 0.5, s=6, linewidths=0)
+    handles = [Patch(color=PALETTE[i % len(PALETTE)], label=name) for i, name in enumerate(classes)]
+    ax.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    ax.set(xlabel="t-SNE 1", ylabel="t-SNE 2", title=title)
+    plt.close(fig)
+    return fig
