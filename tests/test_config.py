@@ -66,7 +66,6 @@ def configs(draw) -> IJepaConfig:
     cfg.model.embed_dim, cfg.model.pred_dim = (heads * draw(st.integers(4, 64)) for _ in range(2))
     cfg.model.enc_depth, cfg.model.pred_depth = draw(st.integers(1, 12)), draw(st.integers(1, 12))
     cfg.model.in_chans = draw(st.integers(1, 4))
-    cfg.model.classification_backbone = draw(st.sampled_from([None, "vit_b_16", "swin_t"]))
     cfg.mask.context_share = draw(st.floats(0.05, 0.4))
     cfg.mask.target_scale = draw(pairs(0.05, 0.3))
     cfg.mask.target_aspect_ratio = draw(pairs(0.5, 2.0))

@@ -1,0 +1,243 @@
+"""The judge is judged: it finds what is there, finds nothing in noise, and never looks at the test labels while choosing."""
+
+import math
+
+import pytest
+import torch
+
+from wejepa.analysis.features import extract_backbone_features
+from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig
+from wejepa.data import MemoryImages, load_images
+from wejepa.errors import CheckpointError, ConfigError, DataError
+from wejepa.model import IJEPA_base
+from wejepa.train import finetune
+from wejepa.train.checkpoints import save_checkpoint
+from wejepa.train.finetune import Comparison, FinetuneConfig, compare_pretrained_vs_scratch, fit_probe, train_linear_probe
+
+CLASSES = 5
+
+
+def tiny_config(**data) -> IJepaConfig:
+    return IJepaConfig(
+        data=DataConfig(**{"use_fake_data": True, "fake_data_size": 60, "train_batch_size": 10} | data),
+        mask=MaskConfig(target_scale=(0.1, 0.2), context_share=0.3),
+        model=ModelConfig(img_size=16, patch_size=4, in_chans=1, embed_dim=16, enc_depth=2, pred_depth=1, pred_dim=12, num_heads=2),
+        hardware=HardwareConfig(device="cpu", mixed_precision=False),
+    )
+
+
+def protocol(**changes) -> FinetuneConfig:
+    return FinetuneConfig(**{"pooling": "mean", "labels_per_class": 0, "epochs": 4, "batch_size": 20, "supervised_epochs": 1} | changes)
+
+
+@pytest.fixture
+def model() -> IJEPA_base:
+    torch.manual_seed(0)
+    return IJEPA_base(tiny_config()).eval()
+
+
+def features(n: int, seed: int, spread: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors around five centres, of very different scale in each coordinate, and their classes."""
+    centres = torch.randn(CLASSES, 24, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, CLASSES, (n,), generator=generator)
+    x = centres[y] + spread * torch.randn(n, 24, generator=generator)
+    return 10 ** torch.linspace(-3, 3, 24) * x + 7, y
+
+
+# ---------------------------------------------------------------- the probe on given features
+
+
+def test_the_probe_finds_what_is_there():
+    result = fit_probe(*features(500, 0), *features(300, 1), protocol(epochs=20))
+    assert result.accuracy > 0.99
+    assert result.predictions.shape == (300,) and result.predictions.dtype == torch.int64
+
+
+def test_the_probe_finds_nothing_in_labels_without_meaning():
+    (x, _), (test_x, _) = features(500, 0), features(1000, 1)
+    generator = torch.Generator().manual_seed(5)
+    y, test_y = (torch.randint(0, CLASSES, (n,), generator=generator) for n in (500, 1000))
+    assert abs(fit_probe(x, y, test_x, test_y, protocol(epochs=10)).accuracy - 1 / CLASSES) < 0.06
+
+
+def test_the_history_has_one_accuracy_an_epoch():
+    train, (test_x, test_y) = features(200, 0, spread=1.5), features(300, 1, spread=1.5)
+    result = fit_probe(*train, test_x, test_y, protocol(epochs=7))
+    assert len(result.history) == 7 and result.history[-1] == result.accuracy
+    assert result.accuracy == pytest.approx(float((result.predictions == test_y).float().mean()))
+    assert 0.3 < result.accuracy < 1
+
+
+def test_choosing_never_looks_at_the_test_labels():
+    (x, y), (test_x, test_y) = features(200, 0, spread=3.0), features(200, 1, spread=3.0)
+    honest = fit_probe(x, y, test_x, test_y, protocol())
+    for seed in range(5):
+        other_y = test_y[torch.randperm(200, generator=torch.Generator().manual_seed(seed))]
+        other = fit_probe(x, y, test_x, other_y, protocol())
+        assert (other.learning_rate, other.weight_decay) == (honest.learning_rate, honest.weight_decay)
+        assert torch.equal(other.predictions, honest.predictions)
+    swapped = fit_probe(x, y, test_x, (test_y + 1) % CLASSES, protocol())
+    assert torch.equal(swapped.predictions, honest.predictions) and swapped.accuracy != honest.accuracy
+
+
+def test_choosing_never_looks_at_the_test_images():
+    """Each test vector is classified on its own: dropping the others changes neither the choice nor its class."""
+    (x, y), (test_x, test_y) = features(200, 0, spread=3.0), features(200, 1, spread=3.0)
+    whole, part = fit_probe(x, y, test_x, test_y, protocol()), fit_probe(x, y, test_x[:10], test_y[:10], protocol())
+    assert (part.learning_rate, part.weight_decay) == (whole.learning_rate, whole.weight_decay)
+    assert torch.equal(part.predictions, whole.predictions[:10])
+
+
+def test_the_choice_depends_on_the_training_features():
+    results = [fit_probe(*features(200, s, spread), *features(50, 9), protocol(epochs=8)) for s, spread in enumerate((0.1, 2.0, 4.0, 8.0))]
+    assert len({(r.learning_rate, r.weight_decay) for r in results}) > 1
+
+
+def test_the_probe_repeats_and_follows_its_seed():
+    data = (*features(200, 0, spread=3.0), *features(400, 1, spread=3.0))
+    one, again, other = (fit_probe(*data, protocol(seed=seed)) for seed in (0, 0, 1))
+    assert one.history == again.history and torch.equal(one.predictions, again.predictions)
+    assert not torch.equal(one.predictions, other.predictions)
+
+
+def test_the_probe_takes_features_of_constant_coordinates_and_any_scale():
+    (x, y), (test_x, test_y) = features(300, 0), features(200, 1)
+    dead, test_dead = (torch.cat([v, torch.full((len(v), 3), 4.0)], dim=1) for v in (x, test_x))
+    assert fit_probe(1e-3 * dead, y, 1e-3 * test_dead, test_y, protocol(epochs=20)).accuracy > 0.98
+
+
+# ---------------------------------------------------------------- the probe on an encoder
+
+
+@pytest.mark.parametrize("encoder", ["teacher", "student"])
+@pytest.mark.parametrize("pooling", ["mean", "grid"])
+def test_the_probe_of_an_encoder_is_the_probe_of_its_features(model, encoder, pooling):
+    with torch.no_grad():
+        model.teacher_encoder.patch_embed.proj.weight.mul_(-1)  # so that it matters which encoder is asked
+    cfg = protocol(encoder=encoder, pooling=pooling)
+    result = train_linear_probe(cfg, model)
+    sources = [load_images(model.cfg, split) for split in ("train", "test")]
+    (x, test_x) = (extract_backbone_features(model, source, encoder=encoder, pooling=pooling) for source in sources)
+    expected = fit_probe(x, sources[0].labels, test_x, sources[1].labels, cfg)
+    assert torch.equal(result.predictions, expected.predictions) and result.accuracy == expected.accuracy
+    assert len(result.history) == 4
+
+
+def test_probing_leaves_the_encoder_as_it_was(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train_linear_probe(protocol(), model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_probe_of_a_checkpoint(model, tmp_path):
+    save_checkpoint(tmp_path / "x.pt", {"config": model.cfg.to_dict(), "model": model.state_dict()})
+    one, other = train_linear_probe(protocol(checkpoint=str(tmp_path / "x.pt"))), train_linear_probe(protocol(), model)
+    assert torch.equal(one.predictions, other.predictions)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        train_linear_probe(protocol(checkpoint=str(tmp_path / "none.pt")))
+
+
+def test_labels_per_class(model):
+    """Only the first so many of each class are used: what comes after them may say anything."""
+    source = load_images(model.cfg)
+    assert source.labels.bincount().tolist() == [6] * 10
+    for count, labels in ((2, 20), (6, 60), (50, 60), (0, 60)):
+        assert compare_pretrained_vs_scratch(protocol(labels_per_class=count), model).labels == labels
+
+
+def by_pattern(monkeypatch, classes: tuple[str, ...] = ("stripes", "dots", "rings")) -> list[tuple[str, str]]:
+    """Replace the data set by one that any encoder can tell apart; returns the (root, split) pairs that are asked for."""
+    asked, patterns = [], torch.randint(0, 200, (len(classes), 1, 16, 16), generator=torch.Generator().manual_seed(9))
+
+    def load(cfg, split="train"):
+        asked.append((cfg.data.root, split))
+        labels = torch.arange(60) % len(classes)
+        generator = torch.Generator().manual_seed(len(asked))
+        images = (patterns[labels] + torch.randint(0, 50, (60, 1, 16, 16), generator=generator)).to(torch.uint8)
+        return MemoryImages(images, labels, classes, img_size=16, in_chans=1, mean=(0.5,), std=(0.3,))
+
+    monkeypatch.setattr(finetune, "load_images", load)
+    return asked
+
+
+def test_the_images_may_have_moved(model, monkeypatch):
+    asked = by_pattern(monkeypatch)
+    assert train_linear_probe(protocol(epochs=20), model).accuracy > 0.9
+    assert set(asked) == {(model.cfg.data.root, "train"), (model.cfg.data.root, "test")}
+    asked.clear()
+    assert train_linear_probe(protocol(epochs=20, data_root="elsewhere"), model).accuracy > 0.9
+    assert set(asked) == {("elsewhere", "train"), ("elsewhere", "test")} and model.cfg.data.root != "elsewhere"
+
+
+def test_one_class_cannot_be_probed(model, monkeypatch):
+    by_pattern(monkeypatch, classes=("only",))
+    for judge in (train_linear_probe, compare_pretrained_vs_scratch):
+        with pytest.raises(DataError, match=rf"data\.dataset = '{model.cfg.data.dataset}' .*class folders"):
+            judge(protocol(), model)
+
+
+@pytest.mark.parametrize(("name", "value", "known"), [("pooling", "max", "mean or grid"), ("encoder", "predictor", "teacher or student")])
+def test_unknown_names_are_refused(model, name, value, known):
+    for judge in (train_linear_probe, compare_pretrained_vs_scratch):
+        with pytest.raises(ConfigError, match=rf"{name} = '{value}': give {known}"):
+            judge(protocol(**{name: value}), model)
+
+
+@pytest.mark.parametrize(("name", "value"), [("epochs", 0), ("labels_per_class", -1), ("batch_size", 2.5), ("pooling", 3), ("seed", -1)])
+def test_settings_are_checked(name, value):
+    with pytest.raises(ConfigError, match=rf"{name} = {value}"):
+        FinetuneConfig(**{name: value})
+    with pytest.raises(ConfigError, match="did you mean 'pooling'"):
+        FinetuneConfig().poling = "mean"
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+def test_the_comparison_has_four_rows_and_three_columns(model):
+    report = compare_pretrained_vs_scratch(protocol(labels_per_class=3), model, pretraining_seconds=123.0)
+    assert isinstance(report, Comparison) and (report.labels, report.tested) == (30, 60)
+    pretrained, random, pixels, supervised = report.rows
+    assert "pretrained" in pretrained and "random" in random and "pixels" in pixels and "labels" in supervised
+    for row in report.rows.values():
+        assert {"mean", "grid", "knn"} <= row.keys()
+        assert all(0 <= row[key] <= 1 for key in ("mean", "grid", "knn")) and math.isfinite(row["seconds"])
+    table = report.table().splitlines()
+    assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
+    for line, (name, row) in zip(table[2:], report.rows.items(), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:4] == [name, *(f"{100 * row[key]:.1f}" for key in ("mean", "grid", "knn"))]
+    assert "123" in table[2]
+
+
+def test_the_columns_are_the_probes_of_each_pooling(model):
+    report = compare_pretrained_vs_scratch(protocol(labels_per_class=4), model)
+    row = next(iter(report.rows.values()))
+    for pooling in ("mean", "grid"):
+        assert row[pooling] == train_linear_probe(protocol(labels_per_class=4, pooling=pooling), model).accuracy
+
+
+def test_the_random_row_is_the_model_as_its_pretraining_began(model):
+    """Judged before any training, the first two rows must be the same encoder."""
+    torch.manual_seed(model.cfg.hardware.seed)
+    fresh = IJEPA_base.from_config(model.cfg)
+    rows = list(compare_pretrained_vs_scratch(protocol(), fresh).rows.values())
+    assert all(rows[0][key] == rows[1][key] for key in ("mean", "grid", "knn"))
+
+
+def test_the_comparison_repeats_and_leaves_the_model_as_it_was(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    one, again = (compare_pretrained_vs_scratch(protocol(), model) for _ in range(2))
+    for name in one.rows:
+        assert all(one.rows[name][key] == again.rows[name][key] for key in ("mean", "grid", "knn")), name
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_every_row_learns_where_there_is_something_to_learn(model, monkeypatch):
+    by_pattern(monkeypatch)
+    model.cfg.optimizer.base_learning_rate = 3e-3
+    report = compare_pretrained_vs_scratch(protocol(epochs=20, supervised_epochs=4), model)
+    for name, row in report.rows.items():
+        assert min(row["mean"], row["grid"], row["knn"]) > 0.8, name
