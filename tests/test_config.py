@@ -244,6 +244,8 @@ def test_a_refused_pair_shows_the_faulty_number():
 def test_whole_numbers_serve_as_numbers_and_keep_the_fields_type():
     cfg = IJepaConfig.from_dict({"optimizer": {"epochs": 5.0, "warmup_epochs": 0, "grad_clip_norm": 2}})
     assert (cfg.optimizer.epochs, cfg.optimizer.warmup_epochs, cfg.optimizer.grad_clip_norm) == (5, 0.0, 2.0)
+    cfg.data.crop_scale = [1, 1]
+    assert cfg.data.crop_scale == (1.0, 1.0) and all(type(v) is float for v in cfg.data.crop_scale)
     assert type(cfg.optimizer.epochs) is int and type(cfg.optimizer.grad_clip_norm) is float
 
 

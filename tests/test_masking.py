@@ -130,6 +130,15 @@ def test_most_of_those_settings_are_not_refused():
         check(sample_block_masks(8, grid, cfg, seeded()), 8, grid, cfg)
 
 
+@pytest.mark.parametrize(("grid", "share"), [((2, 2), 0.25), ((3, 3), 0.22), ((2, 5), 0.2), ((5, 2), 0.2)])
+def test_a_block_that_rounding_makes_too_large_gives_way(grid, share):
+    """The largest block that is allowed, rounded to whole patches, would take some of the context's."""
+    cfg = blocks_config(target_scale=(0.7, 0.7), target_aspect_ratio=(1, 1), num_target_blocks=2, context_share=share)
+    with at_most(20):
+        masks = sample_block_masks(32, grid, cfg, seeded())
+    check(masks, 32, grid, cfg)
+
+
 def test_no_grid_hangs():
     cfg, served = MaskConfig(), set()
     with at_most(60):

@@ -216,7 +216,7 @@ def test_targets_are_layer_normalised(model, images, masks):
 
 
 def test_the_teacher_gets_no_gradient(model, images, masks):
-    predictions, targets = model(images, masks)
+    predictions, targets = model(images.requires_grad_(), masks)  # not even where the images would ask for one
     assert not targets.requires_grad and targets.grad_fn is None and predictions.requires_grad
     ijepa_loss(predictions, targets).backward()
     for name, p in model.teacher_encoder.named_parameters():
