@@ -6,11 +6,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup tutorial test lab lint format clean
+.PHONY: help setup tutorial render test lab lint format clean
 
 help:
 	@echo 'make setup      create .venv and install the package with everything the course needs'
 	@echo 'make tutorial   run every notebook on the real images; results in outputs/course/results.md'
+	@echo 'make render     run the notebooks in place and keep their outputs, for those who read without a kernel'
 	@echo 'make lab        open JupyterLab in notebooks/'
 	@echo 'make test       check the style, then run the tests (PYTEST_ARGS="-k masks" for some of them)'
 	@echo 'make lint       check the style only'
@@ -33,6 +34,9 @@ $(STAMP): pyproject.toml requirements.lock
 
 tutorial: setup
 	@$(PY) scripts/run_course.py
+
+render: setup
+	@$(PY) scripts/render_notebooks.py
 
 test: lint
 	@$(PY) -m pytest $(PYTEST_ARGS)

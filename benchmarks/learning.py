@@ -38,14 +38,46 @@ def seconds_per_epoch(cfg: IJepaConfig) -> float:
     return times[2] - times[1]
 
 
+def table(results: dict[str, list[dict[str, float]]], tested: int) -> str:
+    """Mean over the seeds, and the smallest and largest in brackets."""
+    lines = [f"Test accuracy in percent over {tested:,} images: mean over the seeds (smallest to largest)", ""]
+    lines += ["| | seeds | mean-pooled tokens | tokens on a 4 x 4 grid | k-NN |", "|---|---:|---:|---:|---:|"]
+    for row, runs in results.items():
+        cells = [str(len(runs))]
+        for column in COLUMNS:
+            values = [100 * run[column] for run in runs]
+            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def merge(files: list[Path]) -> tuple[dict[str, list[dict[str, float]]], int]:
+    """The rows of several runs of this benchmark, which must have been tested on as many images."""
+    results: dict[str, list[dict[str, float]]] = {}
+    tested = set()
+    for file in files:
+        found = json.loads(file.read_text())
+        tested.add(found["test_images"])
+        for row, runs in found["rows"].items():
+            results.setdefault(row, []).extend(runs)
+    if len(tested) != 1:
+        raise SystemExit(f"these runs were tested on different images ({sorted(tested)}): merge those of one kind")
+    return results, tested.pop()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 2, 5, 10])
+    parser.add_argument("--minutes", type=float, nargs="*", default=[1, 2, 5, 10])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--root", help="folder with FashionMNIST/raw, for the official test images")
     parser.add_argument("--seconds-per-epoch", type=float, help="instead of timing it now")
+    parser.add_argument("--skip-baselines", action="store_true", help="pretrain only; --merge joins it with a run that has them")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="run nothing: print the table of these files together")
     args = parser.parse_args()
+    if args.merge:
+        print(table(*merge(args.merge)))
+        return
 
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -61,30 +93,25 @@ def main() -> None:
             judge = Judge(protocol, judged)
 
             def note(row: str, scores: dict[str, float], seed: int = seed) -> None:
-                results.setdefault(row, []).append(scores)
+                results.setdefault(row, []).append(scores | {"seed": seed})
                 print(f"seed {seed}  {row:<28}" + "".join(f"{100 * scores[c]:7.1f}" for c in COLUMNS), flush=True)
 
-            note("raw pixels", judge.pixel_scores())
-            note("random encoder", judge.scores(untrained(cfg)))
-            note("whole encoder, with labels", judge.scores(train_supervised(judged, judge.train, judge.index, protocol)))
+            if not args.skip_baselines:
+                note("raw pixels", judge.pixel_scores())
+                note("same encoder, random", judge.scores(untrained(cfg)))
+                note("whole encoder, with labels", judge.scores(train_supervised(cfg, judge.train, judge.index, protocol)))
             for minutes in args.minutes:
                 cfg.optimizer.epochs = max(2, round(60 * minutes / pace))
                 run = Pretraining(cfg)
                 start = time.perf_counter()
                 run.run()
                 spent = time.perf_counter() - start
-                note(f"{minutes:g} min ({cfg.optimizer.epochs} epochs)", judge.scores(run.model.eval()) | {"seconds": spent})
+                note(f"pretrained {minutes:g} min, {cfg.optimizer.epochs} epochs", judge.scores(run.model.eval()) | {"seconds": spent})
 
-    print(f"\nTest accuracy in percent over {len(judge.test_y)} images, mean over {len(args.seeds)} seeds (smallest to largest)\n")
-    print("| | mean-pooled tokens | tokens on a 4 x 4 grid | k-NN |\n|---|---:|---:|---:|")
-    for row, runs in results.items():
-        cells = []
-        for c in COLUMNS:
-            values = [100 * r[c] for r in runs]
-            cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
-        print(f"| {row} | " + " | ".join(cells) + " |")
+    tested = len(judge.test_y)
+    print("\n" + table(results, tested))
     if args.json:
-        args.json.write_text(json.dumps({"test_images": len(judge.test_y), "seconds_per_epoch": pace, "rows": results}, indent=2))
+        args.json.write_text(json.dumps({"test_images": tested, "seconds_per_epoch": pace, "rows": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

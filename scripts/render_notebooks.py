@@ -6,6 +6,7 @@ What differs from run to run without meaning is left out: timing metadata, widge
 cell's metadata gets the hash of the source that made its output; a test compares the two.
 """
 
+import base64
 import hashlib
 import re
 import sys
@@ -32,6 +33,9 @@ def render(path: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs = [clean(output) for output in cell.outputs if keeps(output)]
             cell.metadata["rendered"] = source_hash(cell.source)
+            if "picture" in cell.metadata:  # one that the README shows
+                png = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
+                (ROOT / cell.metadata["picture"]).write_bytes(base64.b64decode(png))
     text = nbformat.writes(notebook)
     for place in (str(ROOT), str(Path.home())):
         text = text.replace(place, ".")

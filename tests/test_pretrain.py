@@ -206,7 +206,7 @@ def test_a_loss_that_is_no_number_stops_the_run(cfg):
     with torch.no_grad():
         run.model.predictor.mask_token.fill_(math.nan)
     before = copy.deepcopy(run.model.state_dict())
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 1: lower optimizer\.base_learning_rate = 0\.005") as caught:
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 1; .* below optimizer\.base_learning_rate = 0\.005") as caught:
         run.train_step(images)
     assert "\n" not in str(caught.value) and str(run.output) in str(caught.value)
     assert run.step == 1
@@ -308,7 +308,6 @@ def test_resuming_with_other_settings_is_refused(cfg, section, name, value):
         launch_pretraining(cfg, resume="auto")
 
 
-@pytest.mark.xfail(strict=True, reason="the seed is not compared")
 def test_resuming_with_another_seed_is_refused(cfg):
     interrupt(cfg, in_epoch=2)
     cfg.hardware.seed = 1

@@ -84,7 +84,7 @@ def _number(where: str, value: Any, kind: type, low: float | None, high: float |
     what = "a whole number" if kind is int else "a number"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{where} = {value!r}: give {what}")
-    if not math.isfinite(value) or (kind is int and value != int(value)):
+    if not -1e300 < value < 1e300 or (kind is int and value != int(value)):  # NaN compares false
         raise ConfigError(f"{where} = {value!r}: give {'a finite number' if kind is float else what}")
     if (low is not None and value < low) or (high is not None and value > high):
         span = f"from {low} to {high}" if low is not None and high is not None else f"of {low} or more"
@@ -103,7 +103,7 @@ class DataConfig(Section):
     train_batch_size: int = setting(64, "images per update, over all processes together", low=2)
     eval_batch_size: int = setting(500, "images per forward pass when nothing is learnt", low=1)
     num_workers: int = setting(0, "processes that decode images; data sets held in memory need none", low=0, high=256)
-    crop_scale: tuple[float, float] = setting((0.6, 1.0), "share of the image that a random crop keeps", low=0.01, high=1)
+    crop_scale: tuple[float, float] = setting((0.8, 1.0), "share of the image that a random crop keeps", low=0.01, high=1)
     horizontal_flip: bool = setting(True, "mirror every second training image")
 
 
@@ -155,11 +155,11 @@ class ModelConfig(Section):
     img_size: int = setting(32, "height and width of an image, in pixels", low=2, high=4096)
     patch_size: int = setting(4, "height and width of a patch, in pixels", low=1, high=1024)
     in_chans: int = setting(3, "channels of an image: 1 for grey, 3 for colour", low=1, high=64)
-    embed_dim: int = setting(128, "width of the encoder", low=4, high=16384)
-    enc_depth: int = setting(4, "transformer blocks of the encoder", low=1, high=256)
+    embed_dim: int = setting(64, "width of the encoder", low=4, high=16384)
+    enc_depth: int = setting(3, "transformer blocks of the encoder", low=1, high=256)
     pred_depth: int = setting(2, "transformer blocks of the predictor", low=1, high=256)
     pred_dim: int = setting(64, "width of the predictor", low=4, high=16384)
-    num_heads: int = setting(4, "attention heads, of the encoder and of the predictor", low=1, high=256)
+    num_heads: int = setting(2, "attention heads, of the encoder and of the predictor", low=1, high=256)
     mlp_ratio: float = setting(4.0, "width of a block's hidden layer over its own width", low=0.1, high=16)
     classification_backbone: str | None = setting(None, "a torchvision classifier as encoder, or null for our own", optional=True)
     classification_pretrained: bool = setting(False, "start from torchvision's published weights")
@@ -169,15 +169,15 @@ class ModelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and the four schedules (I-JEPA, appendix A.1)."""
 
-    epochs: int = setting(20, "passes over the training images", low=1)
+    epochs: int = setting(30, "passes over the training images", low=1)
     warmup_epochs: float = setting(1.0, "epochs in which the learning rate rises from start to base", low=0)
     start_learning_rate: float = setting(1e-4, "learning rate at the first step", low=0, high=10)
-    base_learning_rate: float = setting(2e-3, "learning rate after the warm-up", low=0, high=10)
+    base_learning_rate: float = setting(1.5e-3, "learning rate after the warm-up", low=0, high=10)
     final_learning_rate: float = setting(1e-5, "learning rate at the last step", low=0, high=10)
-    weight_decay: float = setting(0.04, "weight decay at the first step; biases and norms have none", low=0, high=10)
-    final_weight_decay: float = setting(0.04, "weight decay at the last step", low=0, high=10)
+    weight_decay: float = setting(0.2, "weight decay at the first step; biases and norms have none", low=0, high=10)
+    final_weight_decay: float = setting(0.2, "weight decay at the last step", low=0, high=10)
     grad_clip_norm: float = setting(1.0, "largest norm of the whole gradient; 0 switches clipping off", low=0)
-    momentum_teacher: float = setting(0.98, "how much of itself the teacher keeps at the first step", low=0, high=1)
+    momentum_teacher: float = setting(0.99, "how much of itself the teacher keeps at the first step", low=0, high=1)
     momentum_teacher_final: float = setting(1.0, "how much of itself the teacher keeps at the last step", low=0, high=1)
 
 
@@ -189,7 +189,7 @@ class HardwareConfig(Section):
     device: str = setting("auto", "cpu, cuda, mps, or auto for the best one present")
     mixed_precision: bool = setting(True, "bfloat16 matrix products wherever the device computes them natively")
     compile_model: bool = setting(False, "torch.compile the step: slow to start, pays in long runs")
-    checkpoint_every: int = setting(5, "epochs between checkpoints; the last epoch always writes one", low=1)
+    checkpoint_every: int = setting(10, "epochs between checkpoints; the last epoch always writes one", low=1)
     output_dir: str = setting("outputs/pretrain", "folder for the checkpoints and the log")
 
 
@@ -278,7 +278,7 @@ class IJepaConfig:
         for name in ("embed_dim", "pred_dim"):
             width = getattr(m, name)
             if width % m.num_heads:
-                heads = max(h for h in range(1, m.num_heads) if width % h == 0)
+                heads = max(h for h in range(1, m.num_heads) if m.embed_dim % h == m.pred_dim % h == 0)
                 raise ConfigError(
                     f"model.num_heads = {m.num_heads} does not divide model.{name} = {width}: "
                     f"take num_heads {heads}, or {name} {math.ceil(width / m.num_heads) * m.num_heads}"

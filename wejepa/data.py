@@ -39,6 +39,7 @@ STATISTICS = {
     "imagefolder": IMAGENET,
     "fake": ((0.5,), (0.29,)),
 }
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
@@ -126,7 +127,10 @@ class FolderImages(torch.utils.data.Dataset):
         index, crop = item
         try:
             with Image.open(self.files[index]) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
+                image = ImageOps.exif_transpose(opened)
+                if image.mode.startswith("I;16"):  # sixteen bits: convert() would cut them off at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = image.convert("RGB")
         except Exception as error:  # Pillow raises many types on damaged files
             raise DataError(f"{self.files[index]} cannot be read as an image ({error}): repair or remove it") from error
         width, height = image.size
@@ -151,8 +155,11 @@ class FolderImages(torch.utils.data.Dataset):
 
     def _load(self, batches: list[list]) -> Iterator[Tensor]:
         loader = torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=self.num_workers)
-        for pixels in loader:
-            yield with_channels(normalise(pixels, self.mean, self.std), self.in_chans)
+        try:
+            for pixels in loader:
+                yield with_channels(normalise(pixels, self.mean, self.std), self.in_chans)
+        except DataError as error:  # from a worker it comes wrapped in that process's traceback; its own line is the last
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix("wejepa.errors.DataError: ")) from None
 
 
 def training_batches(source: MemoryImages | FolderImages, cfg: IJepaConfig, epoch: int, first_step: int = 0) -> Iterator[Tensor]:
@@ -227,7 +234,12 @@ def _fake_images(cfg: IJepaConfig, split: str):
 
 
 def _torchvision_images(name: str, root: str, split: str):
-    from torchvision import datasets as tv
+    try:
+        from torchvision import datasets as tv
+    except (ImportError, RuntimeError) as error:  # builds of torch and torchvision that do not belong together
+        raise DataError(
+            f"data.dataset = {name!r} needs torchvision, which cannot be imported ({error}): reinstall both together"
+        ) from error
 
     kind = {
         "fashion_mnist": tv.FashionMNIST,
@@ -266,19 +278,18 @@ def _padded(images: Tensor) -> Tensor:
 
 def _folder_files(name: str, root: Path, split: str):
     """The files, labels and classes below ROOT/train or ROOT/test, a folder a class; ROOT/val serves as test as well."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     if name == "imagenette":
         root = root / "imagenette2-160" if (root / "imagenette2-160").is_dir() else root / "imagenette2"
-    tried = [root / "train"] if split == "train" else [root / "test", root / "val"]
-    folder = next((f for f in tried if f.is_dir()), None)
+    tried = {"train": [root / "train"], "test": [root / "test", root / "val"]}
+    folder = next((f for f in tried[split] if f.is_dir()), None)
     if folder is None:
-        raise DataError(
-            f"data.root = {str(root)!r} has no folder {' or '.join(f.name for f in tried)}: put one there, with a folder a class in it"
-        )
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS and f.is_file())
+        names = " or ".join(f.name for f in tried[split])
+        raise DataError(f"data.root = {str(root)!r} has no folder {names}: put one there, with a folder a class in it")
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS and f.is_file())
     if not files:
-        raise DataError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)}): put some there, with a folder a class")
+        raise DataError(f"{folder} holds no images ({', '.join(IMAGE_ENDINGS)}): put some there, with a folder a class")
     names = [f.relative_to(folder).parts[0] if f.parent != folder else "" for f in files]
-    classes = tuple(sorted(set(names)))
+    # A class has one number in both splits, also where one of them lacks it.
+    both = {f.name for part in tried.values() for top in part if top.is_dir() for f in top.iterdir() if f.is_dir()}
+    classes = tuple(sorted(both | set(names)))
     return files, torch.tensor([classes.index(n) for n in names]), classes

@@ -86,7 +86,12 @@ def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, 
         train_x, test_x: features (N, F).
         train_y, test_y: classes (N,).
         cfg: `epochs`, `batch_size` and `seed` are used.
+
+    Raises:
+        DataError: fewer than 10 labelled images, too few to choose on a fifth of them.
     """
+    if len(train_x) < 10:
+        raise DataError(f"a probe needs 10 labelled images or more, there are {len(train_x)}: raise labels_per_class or label some more")
     classes = int(train_y.max()) + 1
     order = torch.randperm(len(train_x), generator=generator_for(cfg.seed))
     held, kept = order[: len(order) // 5], order[len(order) // 5 :]
@@ -199,20 +204,22 @@ def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: Finetune
     batch_size = min(cfg.data.train_batch_size, len(index))
     per_epoch = len(index) // batch_size
     steps, device = finetune.supervised_epochs * per_epoch, torch.device("cpu")
-    for step in range(steps):
-        epoch, i = divmod(step, per_epoch)
-        part = index[torch.randperm(len(index), generator=generator_for(finetune.seed, epoch))][i * batch_size : (i + 1) * batch_size]
-        crops = random_crops(batch_size, cfg, generator_for(finetune.seed, epoch, i))
-        images = next(source.augmented(part[None], crops[None]))
-        rate = min(1.0, 10 * (step + 1) / steps) * cosine(step / steps, cfg.optimizer.base_learning_rate, 0.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with autocast(device, cfg.hardware.mixed_precision):
-            loss = F.cross_entropy(head(encoder(images).mean(1)).float(), source.labels[part])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-        optimizer.step()
+    step = 0
+    for epoch in range(finetune.supervised_epochs):
+        order = index[torch.randperm(len(index), generator=generator_for(finetune.seed, epoch))]
+        parts = order[: per_epoch * batch_size].view(per_epoch, batch_size)
+        crops = torch.stack([random_crops(batch_size, cfg, generator_for(finetune.seed, epoch, i)) for i in range(per_epoch)])
+        for part, images in zip(parts, source.augmented(parts, crops), strict=True):
+            rate = min(1.0, 10 * (step + 1) / steps) * cosine(step / steps, cfg.optimizer.base_learning_rate, 0.0)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with autocast(device, cfg.hardware.mixed_precision):
+                loss = F.cross_entropy(head(encoder(images).mean(1)).float(), source.labels[part])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+            optimizer.step()
+            step += 1
     model.teacher_encoder.load_state_dict(encoder.state_dict())
     return model.eval()
 

@@ -19,8 +19,9 @@ from wejepa.model import IJEPA_base, ijepa_loss
 from wejepa.train.checkpoints import LATEST, load_checkpoint, load_weights, save_checkpoint
 from wejepa.train.schedules import Schedule
 
-MONITORED = (2000, 1000)  # training images that the epoch's k-NN votes with, and other training images that it classifies
+MONITORED = (1000, 500)  # training images that the epoch's k-NN votes with, and other training images that it classifies
 MASKS = 1  # tells the masks' random numbers from the crops' of the same step
+BETAS = (0.9, 0.95)  # a memory of twenty steps, not a thousand: in runs of a few thousand the gradient soon is another one
 
 
 class Pretraining:
@@ -41,7 +42,7 @@ class Pretraining:
         self.schedule = Schedule(cfg.optimizer, self.steps_per_epoch)
         torch.manual_seed(cfg.hardware.seed)  # the initial weights; all later choices have generators of their own
         self.model = IJEPA_base.from_config(cfg).to(self.device)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=cfg.optimizer.base_learning_rate, fused=True)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), betas=BETAS, fused=True)
         self.loss = torch.compile(self._loss) if cfg.hardware.compile_model else self._loss
         self.step, self.history = 0, []
         if resume == "auto":
@@ -71,8 +72,8 @@ class Pretraining:
         value = loss.item()
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {value} at step {self.step}: lower optimizer.base_learning_rate = {cfg.optimizer.base_learning_rate} "
-                f"or set hardware.mixed_precision = false; the last checkpoint in {self.output} is from before"
+                f"the loss is {value} at step {self.step}; the last checkpoint in {self.output} is from before: resume it with "
+                f"hardware.mixed_precision = false, or start afresh below optimizer.base_learning_rate = {cfg.optimizer.base_learning_rate}"
             )
         self.optimizer.step()
         self.model.momentum_update(now.momentum)
@@ -130,12 +131,14 @@ class Pretraining:
 
     def _restore(self, path: str | Path) -> None:
         state = load_checkpoint(path)
-        for section in ("data", "mask", "model", "optimizer"):
-            for name, ours in self.cfg.to_dict()[section].items():
-                theirs = state["config"].get(section, {}).get(name)
-                if theirs != ours and name not in ("root", "num_workers", "eval_batch_size"):
+        ours, theirs = self.cfg.to_dict(), state["config"]
+        free = {"data": ("root", "num_workers", "eval_batch_size"), "hardware": [k for k in ours["hardware"] if k != "seed"]}
+        for section, settings in ours.items():
+            for name, value in settings.items():
+                before = theirs.get(section, {}).get(name)
+                if before != value and name not in free.get(section, ()):
                     raise CheckpointError(
-                        f"{path} was trained with {section}.{name} = {theirs!r}, this run says {ours!r}: a resumed run goes on with the "
+                        f"{path} was trained with {section}.{name} = {before!r}, this run says {value!r}: a resumed run goes on with the "
                         f"settings it began with; set it back, or start afresh in another hardware.output_dir"
                     )
         load_weights(self.model, state["model"], path)
