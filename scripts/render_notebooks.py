@@ -31,7 +31,7 @@ def render(path: Path) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [clean(output) for output in cell.outputs if keeps(output)]
+            cell.outputs = joined(clean(output) for output in cell.outputs if keeps(output))
             cell.metadata["rendered"] = source_hash(cell.source)
             if "picture" in cell.metadata:  # one that the README shows
                 png = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
@@ -47,6 +47,17 @@ def render(path: Path) -> None:
 def keeps(output) -> bool:
     """Progress bars and live widgets are for those who watch; everything else stays."""
     return output.get("name") != "stderr" and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+
+
+def joined(outputs) -> list:
+    """Printed lines that follow one another as one output."""
+    result: list = []
+    for output in outputs:
+        if result and output.output_type == result[-1].output_type == "stream" and output.name == result[-1].name:
+            result[-1].text += output.text
+        else:
+            result.append(output)
+    return result
 
 
 def clean(output):

@@ -254,3 +254,32 @@ def test_the_supervised_encoder_is_trained_and_serves_under_both_names(model, mo
     teacher = supervised.teacher_encoder.state_dict()
     for name, value in supervised.student_encoder.state_dict().items():
         assert torch.equal(value, teacher[name]) and not torch.equal(value, untrained[name]), name
+
+
+def test_the_command_line_probes_and_compares(tmp_path, capsys):
+    from wejepa.train.finetune import main
+    from wejepa.train.pretrain import main as pretrain
+
+    small = [
+        "data.use_fake_data=true",
+        "data.fake_data_size=64",
+        "data.train_batch_size=16",
+        "optimizer.epochs=1",
+        f"hardware.output_dir={tmp_path}",
+    ]
+    assert pretrain([part for s in small for part in ("--set", s)]) == 0
+    capsys.readouterr()
+    given = [f"checkpoint={tmp_path}/latest.pt", "epochs=2", "supervised_epochs=1"]
+    options = [part for s in given for part in ("--set", s)]
+    assert main(options) == 0
+    assert capsys.readouterr().out.startswith("test accuracy ")
+    assert main([*options, "--compare"]) == 0
+    assert "raw pixels" in capsys.readouterr().out
+
+
+def test_the_command_line_refuses_in_one_line(tmp_path, capsys):
+    from wejepa.train.finetune import main
+
+    for wrong in ("pooling", "poling=mean", "epochs=0", f"checkpoint={tmp_path}/none.pt"):
+        assert main(["--set", wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "default_config",
     "hf224_config",
     "parse_override",
+    "parse_value",
     "setting",
 ]
 
@@ -323,18 +325,20 @@ class IJepaConfig:
 
 
 def parse_override(text: str) -> tuple[str, str, Any]:
-    """``"section.field=value"`` as (section, field, value); the value is read as JSON where it is JSON, else as a string."""
-    import json
-
+    """``"section.field=value"`` as (section, field, value)."""
     path, equals, raw = text.partition("=")
     section, dot, name = path.strip().partition(".")
     if not (equals and dot and section and name):
         raise ConfigError(f"{text!r}: write section.field=value, such as optimizer.epochs=5")
+    return section, name, parse_value(raw)
+
+
+def parse_value(raw: str) -> Any:
+    """A setting's value as written on a command line: JSON where it is JSON, else the string itself."""
     try:
-        value = json.loads(raw)
+        return json.loads(raw)
     except json.JSONDecodeError:
-        value = {"True": True, "False": False, "None": None}.get(raw.strip(), raw.strip())
-    return section, name, value
+        return {"True": True, "False": False, "None": None}.get(raw.strip(), raw.strip())
 
 
 # ---------------------------------------------------------------- presets

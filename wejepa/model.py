@@ -43,7 +43,7 @@ class Attention(nn.Module):
         else:
             # On a CPU the fused kernel is slow backwards at these lengths, so the textbook's three lines are the fast ones.
             weights = (q * (d // self.num_heads) ** -0.5) @ k.transpose(-2, -1)
-            # Rows under 32 keys fall off the vectorised bfloat16 softmax and cost six times as much as in float32.
+            # Rows under 32 keys fall off the vectorised bfloat16 softmax and cost several times as much as in float32.
             weights = (weights.float() if n < 32 else weights).softmax(dim=-1)
             if self.record:
                 self.recorded = weights.detach().float()

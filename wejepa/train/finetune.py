@@ -3,10 +3,15 @@
 The protocol is the same for every row of a comparison: the same labelled training images, features standardised by their own mean and
 deviation, a softmax regression trained by AdamW for every pair of learning rate and weight decay at once, the pair chosen on a fifth of
 the *training* images, the regression trained anew with it on all of them, and one look at the test images.
+
+    python -m wejepa.train.finetune --set checkpoint=outputs/pretrain/latest.pt              # the probe alone
+    python -m wejepa.train.finetune --set checkpoint=outputs/pretrain/latest.pt --compare    # beside its baselines
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from dataclasses import dataclass
 
@@ -15,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wejepa.analysis.features import POOLINGS, knn_accuracy, pool_tokens
-from wejepa.config import IJepaConfig, Section, setting
+from wejepa.config import IJepaConfig, Section, parse_value, setting
 from wejepa.data import generator_for, load_images, random_crops
-from wejepa.errors import ConfigError, DataError
+from wejepa.errors import ConfigError, DataError, WejepaError
 from wejepa.model import Encoder, IJEPA_base
 from wejepa.train.checkpoints import load_model
 from wejepa.train.loop import autocast, encode_images, parameter_groups
@@ -285,3 +290,33 @@ def first_of_each_class(labels: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.arange(len(labels))
     return torch.cat([(labels == c).nonzero().flatten()[:count] for c in labels.unique()]).sort().values
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 2 refused with one line on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m wejepa.train.finetune", description="Judge a pretrained encoder.")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of FinetuneConfig; repeatable")
+    parser.add_argument("--compare", action="store_true", help="beside a random encoder, raw pixels, and training with labels")
+    args = parser.parse_args(argv)
+    try:
+        cfg = FinetuneConfig()
+        for text in args.set:
+            name, equals, raw = text.partition("=")
+            if not equals:
+                raise ConfigError(f"{text!r}: write field=value, such as pooling=mean")
+            setattr(cfg, name.strip(), parse_value(raw))
+        if args.compare:
+            print(compare_pretrained_vs_scratch(cfg).table())
+        else:
+            result = train_linear_probe(cfg)
+            print(
+                f"test accuracy {100 * result.accuracy:.2f} % ({cfg.pooling}; rate {result.learning_rate:g}, decay {result.weight_decay:g})"
+            )
+        return 0
+    except WejepaError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
