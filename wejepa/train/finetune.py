@@ -168,7 +168,7 @@ def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None 
     """Judge a pretrained encoder beside its baselines, all under the same protocol.
 
     Rows: the pretrained encoder; the same encoder at its random initialisation; raw pixels (the mean patch under "mean", every pixel
-    under "grid": more than the grid keeps); and the whole encoder trained with the same labels from scratch.
+    under "grid": 32 x 32 places to the grid's 4 x 4 on the embedded set); and the whole encoder trained with the same labels from scratch.
 
     Args:
         cfg: the protocol.
@@ -270,7 +270,7 @@ class Judge:
         return self._scores({pooling: [pool_tokens(t, self.config.grid_size, pooling) for t in tokens] for pooling in POOLINGS})
 
     def pixel_scores(self) -> dict[str, float]:
-        """The same for the pixels: the mean patch under "mean"; every pixel, more than the grid keeps, under "grid" and "knn"."""
+        """The same for the pixels: the mean patch under "mean"; every pixel under "grid" and "knn"."""
         size = self.config.model.patch_size
         images = ((self.train, self.index), (self.test, torch.arange(len(self.test))))
         pixels = [torch.cat(list(source.batches(index, 500))) for source, index in images]
