@@ -40,7 +40,7 @@ def run(path: Path) -> str | None:
     (COURSE / path.name).unlink(missing_ok=True)
     live = {"progress_bar": False, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
     try:
-        papermill.execute_notebook(path, COURSE / path.name, kernel_name="python3", cwd=COURSE, **live)
+        papermill.execute_notebook(path, COURSE / path.name, kernel_name="python3", cwd=path.parent, **live)
     except papermill.PapermillExecutionError as error:
         return f"cell [{error.exec_count}] `{error.source.strip().splitlines()[0]}`\n{error.ename}: {error.evalue}"
     except Exception as error:  # a kernel that died, a file that is no notebook: whatever papermill passes on
