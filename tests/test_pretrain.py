@@ -442,3 +442,9 @@ def test_resuming_from_the_command_line(cfg, tmp_path, capsys):
 def test_errors_of_a_run_are_one_line_and_exit_code_2(cfg, tmp_path, capsys):
     assert "no checkpoint" in refused(capsys, *command(cfg, tmp_path, "--resume", str(tmp_path / "none.pt")))
     assert "DataError" in refused(capsys, *command(cfg, tmp_path, "--set", "data.train_batch_size=33"))
+
+
+def test_a_finished_run_resumed_into_another_folder_leaves_a_checkpoint_there(cfg, tmp_path):
+    done = launch_pretraining(cfg)
+    cfg.hardware.output_dir = str(tmp_path / "elsewhere")
+    assert launch_pretraining(cfg, resume=done.checkpoint).checkpoint.exists()

@@ -102,6 +102,8 @@ class Pretraining:
                 report(entry)
             if (epoch + 1) % self.cfg.hardware.checkpoint_every == 0 or epoch + 1 == epochs:
                 save_checkpoint(self.output / LATEST, self.state())
+        if not (self.output / LATEST).exists():  # a finished run was resumed into another folder
+            save_checkpoint(self.output / LATEST, self.state())
         return self.output / LATEST
 
     def monitor(self) -> dict[str, float | None]:
