@@ -1,8 +1,9 @@
-"""Make the images that ship with wejepa from the original Fashion-MNIST files.
+"""Make the images that ship with wejepa from the original files.
 
-    python scripts/make_assets.py FOLDER
+    python scripts/make_assets.py FOLDER CHELSEA
 
-FOLDER holds the four original `*-ubyte.gz` files, for example those of Debian's package `dataset-fashion-mnist`
+CHELSEA is the file chelsea.png of scikit-image, a photograph of a cat by Stéfan van der Walt, CC0; written to wejepa/assets/ cropped
+to a square of 224 x 224. FOLDER holds the four original `*-ubyte.gz` files, for example those of Debian's package `dataset-fashion-mnist`
 (in /usr/share/datasets/fashion-mnist). Written to wejepa/assets/: two mosaics, 100 images of 28 x 28 a row, of the first
 1,000 training and 200 test images of each class in the official order, and their labels.
 """
@@ -25,7 +26,11 @@ def read_idx(path: Path, header: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("chelsea", type=Path)
+    args = parser.parse_args()
+    photograph = Image.open(args.chelsea).convert("RGB").crop((95, 0, 395, 300))
+    photograph.resize((224, 224), Image.Resampling.LANCZOS).save(ASSETS / "chelsea.png", optimize=True)
+    folder = args.folder
     labels = {}
     for split, stem, per_class in (("train", "train", 1000), ("test", "t10k", 200)):
         y = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", 8)

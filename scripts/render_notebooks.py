@@ -61,7 +61,9 @@ def joined(outputs) -> list:
 
 
 def clean(output):
-    """Without the memory addresses that a plain repr shows."""
+    """Without the memory addresses that a plain repr shows, and without what an earlier run in the same folder makes a run say."""
+    if "text" in output:
+        output.text = "".join(line for line in output.text.splitlines(True) if not line.startswith("what an earlier run left"))
     if "text/plain" in output.get("data", {}):
         output.data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", output.data["text/plain"])
     return output

@@ -1,6 +1,8 @@
 """A checkpoint is whole or not there, and anything else is refused with the file's name and the reason."""
 
+import os
 import pickle
+import zipfile
 from functools import partial
 
 import pytest
@@ -118,6 +120,13 @@ def test_while_writing_the_old_file_is_there(path, state, monkeypatch):
     assert seen == [7] and load_checkpoint(path)["step"] == 8
 
 
+def test_another_name_of_the_old_file_keeps_its_content(path, state):
+    """latest.pt is one: a new checkpoint must not be written through it."""
+    os.link(path, path.with_name("other.pt"))
+    save_checkpoint(path, {**state, "step": 8})
+    assert load_checkpoint(path.with_name("other.pt"))["step"] == 7
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, state):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(CheckpointError, match=r"hardware\.output_dir") as caught:
@@ -184,6 +193,30 @@ def test_a_foreign_checkpoint_is_told_by_what_it_holds(tmp_path, content, named)
     assert "is not a checkpoint of wejepa" in message and named in message
 
 
+@pytest.mark.parametrize("entry", ["data.pkl", "data/3", "byteorder"])
+def test_an_entry_marked_as_a_folder_is_damage(path, entry):
+    """torch.load takes such an entry for empty, and gives a tensor of whatever was in memory."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(f"/{entry}")]
+    header = content.rindex(name.encode()) - 46  # in the archive's directory
+    assert content[header : header + 4] == b"PK\x01\x02"
+    content[header + 38] |= 0x10
+    path.write_bytes(content)
+    assert "truncated, damaged" in refusal(load_checkpoint, path)
+
+
+def test_every_flipped_bit_of_a_weight_is_noticed(path, state):
+    content = path.read_bytes()
+    weights = state["model"]["student_encoder.blocks.0.mlp.0.weight"].numpy().tobytes()
+    start = content.index(weights)
+    for at in range(start, start + len(weights), 97):
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        refusal(load_checkpoint, path)
+
+
 # ---------------------------------------------------------------- weights that do not fit
 
 
@@ -204,7 +237,15 @@ def test_an_unexpected_weight_is_named(path, state):
 
 def test_a_weight_of_another_shape_is_named_with_both(path, state):
     message = changed(path, state, lambda s: s["model"].update({"teacher_encoder.norm.weight": torch.zeros(5)}))
-    assert "teacher_encoder.norm.weight is (5,), not (16,)" in message
+    assert "teacher_encoder.norm.weight is (5,) torch.float32, not (16,) torch.float32" in message
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_named(path, state, number):
+    def change(s):
+        s["model"]["predictor.mask_token"][0, 0, 3] = number
+
+    assert "numbers that are not finite, in predictor.mask_token" in changed(path, state, change)
 
 
 def test_several_faults_are_counted(path, state):

@@ -20,6 +20,7 @@ from wejepa.data import (
     FolderImages,
     MemoryImages,
     available_datasets,
+    example_photograph,
     load_images,
     random_crops,
     steps_per_epoch,
@@ -153,6 +154,35 @@ def test_images_are_brought_to_the_encoders_size(embedded):
     torch.testing.assert_close(small.mean((2, 3)), everything(embedded["test"])[:50].mean((2, 3)), rtol=0, atol=0.05)
 
 
+def test_images_in_memory_are_readable_and_counted(embedded):
+    index = torch.tensor([5, 3, 3])
+    assert torch.equal(embedded["test"].readable(index), index) and embedded["test"].unreadable == {}
+    assert (embedded["train"].fingerprint, embedded["test"].fingerprint) == ("10000 images", "2000 images")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"), [(10, r"labels\[3\] = 10 is no class from 0 to 9"), (-1, r"labels\[3\] = -1 is no class from 0")]
+)
+def test_labels_without_a_class_are_refused(bad, message):
+    shape = {"img_size": 8, "in_chans": 1, "mean": (0.5,), "std": (0.5,)}
+    images, labels, classes = torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 9, 4, bad, bad]), tuple("abcdefghij")
+    with pytest.raises(DataError, match=message):
+        MemoryImages(images, labels, classes, **shape)
+    MemoryImages(images, labels.clamp(0, 9), classes, **shape)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(4).long(), torch.zeros(6).long(), torch.zeros(5, 1).long()])
+def test_labels_that_are_not_one_for_each_image_are_refused(labels):
+    with pytest.raises(DataError, match=r"labels: give one for each of the 5 images, \(5,\), not \("):
+        MemoryImages(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), labels, ("only",), img_size=8, in_chans=1, mean=(0.5,), std=(0.5,))
+
+
+@pytest.mark.parametrize("images", [torch.zeros(5, 1, 8, 8), torch.zeros(5, 8, 8, dtype=torch.uint8)])
+def test_images_that_are_not_bytes_of_that_shape_are_refused(images):
+    with pytest.raises(DataError, match=r"images: give bytes \(N, C, H, W\), uint8 .* not torch\.\w+ \(5, "):
+        plain_source(images, img_size=8, in_chans=1, mean=(0.5,), std=(0.5,))
+
+
 # ---------------------------------------------------------------- augmentation
 
 
@@ -271,6 +301,16 @@ def test_an_epoch_can_be_entered_in_the_middle():
         rest = list(training_batches(source, cfg, epoch=2, first_step=first))
         assert len(rest) == 5 - first
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[first:], strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_parts_of_several_processes_are_the_whole_batch(ranks):
+    cfg = tiny_config()
+    source = load_images(cfg)
+    whole = list(training_batches(source, cfg, epoch=2, first_step=1))
+    parts = [list(training_batches(source, cfg, epoch=2, first_step=1, part=(rank, ranks))) for rank in range(ranks)]
+    assert all(len(batch) == 8 // ranks for part in parts for batch in part)
+    assert len(whole) == 4 and all(torch.equal(torch.cat(side), one) for side, one in zip(zip(*parts, strict=True), whole, strict=True))
 
 
 def test_the_augmentation_of_one_image_differs_between_epochs():
@@ -426,9 +466,13 @@ def test_sets_whose_split_has_a_name(name, side, tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, TORCHVISION[name], Present)
     source = load_images(tiny_config(name, root=str(tmp_path)), "test")
     assert asked == [(str(tmp_path), "test", False)]
-    assert np.array_equal(source.images.numpy(), Present("", "", False).data)
+    images = Present("", "", False).data
+    assert np.array_equal(source.images.numpy(), images)
     assert source.labels.tolist() == list(range(7)) and len(source.classes) == 10
     assert everything(source).shape == (7, 3, 32, 32)
+    monkeypatch.setattr(Present, "__init__", lambda self, root, split, download: vars(self).update(data=images, labels=np.arange(7) + 4))
+    with pytest.raises(DataError, match=r"labels\[6\] = 10 is no class from 0 to 9"):
+        load_images(tiny_config(name, root=str(tmp_path)))
 
 
 # ---------------------------------------------------------------- a folder of images
@@ -562,11 +606,7 @@ def test_imagenette_is_found_where_its_archive_unpacks(folder, tmp_path):
     assert (len(load_images(cfg)), len(load_images(cfg, "test"))) == (12, 4)
 
 
-def test_sixteen_bit_images_keep_their_greys(tmp_path):
-    ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
-    (tmp_path / "train" / "a").mkdir(parents=True)
-    Image.fromarray(ramp).save(tmp_path / "train" / "a" / "ramp.png")
-    cfg = IJepaConfig()
-    cfg.data.dataset, cfg.data.root = "imagefolder", str(tmp_path)
-    pixels = load_images(cfg)[(0, None)]  # (3, 32, 32)
-    assert np.abs(pixels[0].numpy().astype(int) - (ramp >> 8)).max() <= 1
+def test_the_photograph_that_ships():
+    photograph = example_photograph()
+    assert photograph.shape == (3, 224, 224) and photograph.dtype == torch.uint8
+    assert photograph.float().std() > 30  # a picture, not a plane

@@ -206,7 +206,7 @@ def test_a_loss_that_is_no_number_stops_the_run(cfg):
     with torch.no_grad():
         run.model.predictor.mask_token.fill_(math.nan)
     before = copy.deepcopy(run.model.state_dict())
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 1; .* below optimizer\.base_learning_rate = 0\.005") as caught:
+    with pytest.raises(TrainingError, match=r"at step 1 the loss is nan .* below optimizer\.base_learning_rate = 0\.005") as caught:
         run.train_step(images)
     assert "\n" not in str(caught.value) and str(run.output) in str(caught.value)
     assert run.step == 1

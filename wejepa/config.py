@@ -105,6 +105,9 @@ class DataConfig(Section):
     train_batch_size: int = setting(64, "images per update, over all processes together", low=2)
     eval_batch_size: int = setting(500, "images per forward pass when nothing is learnt", low=1)
     num_workers: int = setting(0, "processes that decode images; data sets held in memory need none", low=0, high=256)
+    max_unreadable_share: float = setting(
+        0.05, "share of an image folder's files that may be unreadable; they are passed over", low=0, high=1
+    )
     crop_scale: tuple[float, float] = setting((0.8, 1.0), "share of the image that a random crop keeps", low=0.01, high=1)
     horizontal_flip: bool = setting(True, "mirror every second training image")
 
@@ -178,6 +181,7 @@ class OptimizerConfig(Section):
     final_learning_rate: float = setting(1e-5, "learning rate at the last step", low=0, high=10)
     weight_decay: float = setting(0.2, "weight decay at the first step; biases and norms have none", low=0, high=10)
     final_weight_decay: float = setting(0.2, "weight decay at the last step", low=0, high=10)
+    accumulation_steps: int = setting(1, "parts that a batch is computed in, one after another, where memory is short", low=1)
     grad_clip_norm: float = setting(1.0, "largest norm of the whole gradient; 0 switches clipping off", low=0)
     momentum_teacher: float = setting(0.99, "how much of itself the teacher keeps at the first step", low=0, high=1)
     momentum_teacher_final: float = setting(1.0, "how much of itself the teacher keeps at the last step", low=0, high=1)
@@ -191,7 +195,11 @@ class HardwareConfig(Section):
     device: str = setting("auto", "cpu, cuda, mps, or auto for the best one present")
     mixed_precision: bool = setting(True, "bfloat16 matrix products wherever the device computes them natively")
     compile_model: bool = setting(False, "torch.compile the step: slow to start, pays in long runs")
+    shard_model: bool = setting(False, "spread weights over the processes (FSDP2): for models too large for one device")
     checkpoint_every: int = setting(10, "epochs between checkpoints; the last epoch always writes one", low=1)
+    checkpoint_minutes: float = setting(10.0, "minutes between checkpoints within an epoch; 0 for none", low=0)
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep: the rest of a run goes on where one is damaged", low=1)
+    keep_every: int = setting(0, "epochs whose checkpoints are kept for good: every so many; 0 for none", low=0)
     output_dir: str = setting("outputs/pretrain", "folder for the checkpoints and the log")
 
 

@@ -3,13 +3,19 @@
 Two kinds of source share one interface. `MemoryImages` holds every image as bytes and augments a batch at a time; `FolderImages`
 decodes files, in worker processes if asked. Both give what the encoder takes: float32 (B, C, S, S), normalised.
 
-Every random choice is derived from (seed, epoch, step), so a run that stops in between goes on as if it had not.
+Every random choice is derived from (seed, epoch, step), so a run that stops in between goes on as if it had not. A file that cannot be
+read is named in a warning and passed over; too many of them are an error.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Iterator
+import os
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +26,15 @@ from torch import Tensor
 from wejepa.config import IJepaConfig, did_you_mean
 from wejepa.errors import ConfigError, DataError
 
-__all__ = ["FolderImages", "MemoryImages", "available_datasets", "load_images", "training_batches"]
+__all__ = [
+    "FolderImages",
+    "MemoryImages",
+    "available_datasets",
+    "example_photograph",
+    "load_images",
+    "naming_dead_workers",
+    "training_batches",
+]
 
 ASSETS = Path(__file__).parent / "assets"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -57,7 +71,7 @@ def load_images(cfg: IJepaConfig, split: str = "train") -> MemoryImages | Folder
 
     Raises:
         ConfigError: no such data set or split.
-        DataError: the files are absent and could not be downloaded, or cannot be read.
+        DataError: the files are absent and could not be downloaded, or cannot be read, or their labels do not fit.
     """
     if split not in ("train", "test"):
         raise ConfigError(f"split = {split!r}: give 'train' or 'test'")
@@ -67,7 +81,8 @@ def load_images(cfg: IJepaConfig, split: str = "train") -> MemoryImages | Folder
     mean, std = STATISTICS[name]
     shape = {"img_size": cfg.model.img_size, "in_chans": cfg.model.in_chans, "mean": mean, "std": std}
     if name in ("imagefolder", "imagenette"):
-        return FolderImages(*_folder_files(name, Path(cfg.data.root), split), num_workers=cfg.data.num_workers, **shape)
+        files = _folder_files(name, Path(cfg.data.root), split)
+        return FolderImages(*files, num_workers=cfg.data.num_workers, max_unreadable_share=cfg.data.max_unreadable_share, **shape)
     if name == "fake":
         images, labels, classes = _fake_images(cfg, split)
     elif name == "fashion_mnist_mini":
@@ -78,15 +93,37 @@ def load_images(cfg: IJepaConfig, split: str = "train") -> MemoryImages | Folder
 
 
 class MemoryImages:
-    """Images held as bytes (N, C, H, W), with labels (N,); augmented and normalised a batch at a time."""
+    """Images held as bytes (N, C, H, W), with labels (N,); augmented and normalised a batch at a time.
+
+    Raises:
+        DataError: images of another type or shape, a number of labels other than of images, or a label without a class.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor, classes: tuple[str, ...], *, img_size, in_chans, mean, std):
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise DataError(f"images: give bytes (N, C, H, W), uint8 from 0 to 255, not {images.dtype} {tuple(images.shape)}")
+        if labels.shape != images.shape[:1]:
+            raise DataError(f"labels: give one for each of the {len(images)} images, ({len(images)},), not {tuple(labels.shape)}")
+        if outside := ((labels < 0) | (labels >= len(classes))).nonzero().flatten().tolist():
+            raise DataError(
+                f"labels[{outside[0]}] = {labels[outside[0]]} is no class from 0 to {len(classes) - 1}: correct it, or name all classes"
+            )
         self.images, self.labels, self.classes = images, labels, tuple(classes)
+        self.unreadable: dict[Path, str] = {}  # as in FolderImages, but never any
         self.img_size, self.in_chans = img_size, in_chans
         self.mean, self.std = mean, std
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this set from another one: the number of images."""
+        return f"{len(self)} images"
+
+    def readable(self, index: Tensor) -> Tensor:
+        """`index` as it is: what is in memory has been read."""
+        return index
 
     def batches(self, index: Tensor, batch_size: int) -> Iterator[Tensor]:
         """The images as they are, at the encoder's size, in the order of `index`: (B, C, S, S) each."""
@@ -110,70 +147,249 @@ class MemoryImages:
 
 
 class FolderImages(torch.utils.data.Dataset):
-    """Image files, decoded when asked for."""
+    """Image files, decoded when asked for.
 
-    def __init__(self, files: list[Path], labels: Tensor, classes: tuple[str, ...], *, num_workers, img_size, in_chans, mean, std):
-        self.files, self.labels, self.classes = files, labels, tuple(classes)
-        self.num_workers, self.img_size, self.in_chans = num_workers, img_size, in_chans
+    Args:
+        folder: what the files' names are relative to, in the fingerprint.
+        files: their paths.
+        labels: their classes, (N,).
+        num_workers: processes that decode; 0 for this one.
+        max_unreadable_share: share of the files that may be unreadable; not even 1 allows all of them.
+
+    Attributes:
+        unreadable: the files found so far that cannot be read, and why.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: list[Path],
+        labels: Tensor,
+        classes: tuple[str, ...],
+        *,
+        num_workers,
+        max_unreadable_share,
+        img_size,
+        in_chans,
+        mean,
+        std,
+    ):
+        self.folder, self.files, self.labels, self.classes = folder, files, labels, tuple(classes)
+        self.num_workers, self.max_unreadable_share = num_workers, max_unreadable_share
+        self.img_size, self.in_chans = img_size, in_chans
         self.mean, self.std = mean, std
+        self.unreadable: dict[Path, str] = {}
+        self._judged = torch.zeros(len(files), dtype=torch.bool)  # by `readable`
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, item: tuple[int, list[float] | None]) -> Tensor:
-        """Bytes (3, S, S) of an image: its crop, given as (left, top, width, height, mirror), or its centre."""
-        from PIL import Image, ImageOps
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells this set from another one, wherever it is: the number of files and a checksum of their names below the folder."""
+        names = sorted(file.relative_to(self.folder).as_posix() for file in self.files)
+        checksum = zlib.crc32(os.fsencode("\n".join(names)))
+        return f"{len(names)} files, {checksum:08x}"
 
+    def __getitem__(self, item: tuple[int, list[float] | None]) -> tuple[Tensor | None, list[tuple[int, str]]]:
+        """One image, or what stands in for it.
+
+        Args:
+            item: an index, and a crop as shares of the image (left, top, width, height, mirror); None for its centre.
+
+        Returns:
+            Bytes (3, S, S), and the (index, reason) of each file that could not be read on the way. Under a crop the next readable file
+            takes the place of one that is not; at the centre, where labels count, nothing does: None.
+        """
         index, crop = item
-        try:
-            with Image.open(self.files[index]) as opened:
-                image = ImageOps.exif_transpose(opened)
-                if image.mode.startswith("I;16"):  # sixteen bits: convert() would cut them off at 255
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                image = image.convert("RGB")
-        except Exception as error:  # Pillow raises many types on damaged files
-            raise DataError(f"{self.files[index]} cannot be read as an image ({error}): repair or remove it") from error
-        width, height = image.size
-        if crop is None:
-            side = min(width, height)
-            left, top, wide, high, mirror = (width - side) / 2, (height - side) / 2, side, side, 0
-        else:
-            left, wide, top, high = crop[0] * width, crop[2] * width, crop[1] * height, crop[3] * height
-            mirror = crop[4]
-        box = (left, top, left + wide, top + high)
-        image = image.resize((self.img_size, self.img_size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
-        pixels = np.array(ImageOps.mirror(image) if mirror else image)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        failed: list[tuple[int, str]] = []
+        for i in range(index, index + (1 if crop is None else len(self))):
+            i %= len(self)
+            try:
+                return read_image(self.files[i], self.img_size, crop), failed
+            except Exception as error:  # Pillow raises many types on damaged files
+                failed.append((i, _reason(error)))
+            if self._too_many(len(failed)):
+                break
+        return None, failed
 
     def batches(self, index: Tensor, batch_size: int) -> Iterator[Tensor]:
-        """The centres of the images in the order of `index`: (B, C, S, S) each."""
-        yield from self._load([[(i, None) for i in part.tolist()] for part in index.split(batch_size)])
+        """The centres of the images in the order of `index`: (B, C, S, S) each.
+
+        Raises:
+            DataError: naming a file that cannot be read; `readable` tells which can.
+        """
+        for pixels, failed in self._centres(index, batch_size):
+            if failed:
+                i, reason = failed[0]
+                raise DataError(f"{self.files[i]} cannot be read as an image ({reason}): repair or remove it")
+            yield self._prepared(pixels)
 
     def augmented(self, index: Tensor, crops: Tensor) -> Iterator[Tensor]:
-        """One augmented batch for each row of `index` (steps, B) under `crops` (steps, B, 5): (B, C, S, S) each."""
-        yield from self._load([list(zip(part.tolist(), crop.tolist(), strict=True)) for part, crop in zip(index, crops, strict=True)])
+        """One augmented batch for each row of `index` (steps, B) under `crops` (steps, B, 5): (B, C, S, S) each.
 
-    def _load(self, batches: list[list]) -> Iterator[Tensor]:
-        loader = torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=self.num_workers)
-        try:
-            for pixels in loader:
-                yield with_channels(normalise(pixels, self.mean, self.std), self.in_chans)
-        except DataError as error:  # from a worker it comes wrapped in that process's traceback; its own line is the last
-            raise DataError(str(error).strip().splitlines()[-1].removeprefix("wejepa.errors.DataError: ")) from None
+        The next readable file stands in for one that cannot be read, whatever its class.
+
+        Raises:
+            DataError: too many files cannot be read.
+        """
+        items = (list(zip(part.tolist(), crop.tolist(), strict=True)) for part, crop in zip(index, crops, strict=True))
+        for pixels, failed in self._load(items):
+            self._pass_over(failed)
+            yield self._prepared(pixels)
+
+    def readable(self, index: Tensor) -> Tensor:
+        """`index` (N,) without the files that cannot be read: every file is decoded, once in the life of this object.
+
+        Raises:
+            DataError: too many files cannot be read.
+        """
+        new = index[~self._judged[index]].unique()
+        for _, failed in self._centres(new, 64):
+            self._pass_over(failed)
+        self._judged[new] = True
+        return index[torch.tensor([self.files[i] not in self.unreadable for i in index.tolist()], dtype=torch.bool)]
+
+    def _centres(self, index: Tensor, batch_size: int) -> Iterator[tuple[Tensor | None, list[tuple[int, str]]]]:
+        return self._load([(i, None) for i in part.tolist()] for part in index.split(batch_size))
+
+    def _load(self, items: Iterable[list]) -> Iterator[tuple[Tensor | None, list[tuple[int, str]]]]:
+        """Bytes (B, 3, S, S) and what failed, of each list of items."""
+        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=self.num_workers, collate_fn=_collate)
+        with naming_dead_workers(self.num_workers):
+            yield from loader
+
+    def _prepared(self, pixels: Tensor) -> Tensor:
+        return with_channels(normalise(pixels, self.mean, self.std), self.in_chans)
+
+    def _too_many(self, count: int) -> bool:
+        return count == len(self) or count > self.max_unreadable_share * len(self)
+
+    def _pass_over(self, failed: list[tuple[int, str]]) -> None:
+        """Name each file that cannot be read, once, and refuse to go on when they are too many."""
+        for i, reason in failed:
+            if self.files[i] not in self.unreadable:
+                self.unreadable[self.files[i]] = reason
+                warnings.warn(f"{self.files[i]} cannot be read as an image ({reason}): passed over", stacklevel=2)
+        if self._too_many(len(self.unreadable)):
+            first = ", ".join(str(path) for path in list(self.unreadable)[:3])
+            raise DataError(
+                f"data.max_unreadable_share = {self.max_unreadable_share:g}, but already {len(self.unreadable)} of {len(self)} files "
+                f"cannot be read as images (the first: {first}): repair or remove them, or allow a larger share"
+            )
 
 
-def training_batches(source: MemoryImages | FolderImages, cfg: IJepaConfig, epoch: int, first_step: int = 0) -> Iterator[Tensor]:
-    """The augmented batches (B, C, S, S) of one epoch, each image once, from step `first_step` on; a short last batch is left out.
+def _collate(items: list[tuple[Tensor | None, list]]) -> tuple[Tensor | None, list]:
+    pixels = [x for x, _ in items if x is not None]
+    return torch.stack(pixels) if pixels else None, [entry for _, failed in items for entry in failed]
+
+
+def read_image(path: Path, size: int, crop: list[float] | None = None) -> Tensor:
+    """Bytes (3, size, size) of an image file: the first frame, upright, in colour, on white where it is transparent.
+
+    Args:
+        path: a file of any kind that Pillow knows.
+        size: height and width of the result, in pixels.
+        crop: which part, as shares of the image (left, top, width, height, mirror); the largest square in the centre for None.
 
     Raises:
-        DataError: the set has fewer images than a batch.
+        Exception: of many types, as Pillow has it, for a file that is absent, damaged, no image or too large; ValueError where the range
+            of the numbers is not known.
+    """
+    from PIL import Image, ImageOps
+
+    left, top, wide, high, mirror = crop or (0, 0, 1, 1, 0)
+    need = math.ceil(2 * size / min(wide, high))  # of both sides: which one is the height is known only once the image is upright
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow remarks on large images and on odd metadata, and reads them all the same
+        with Image.open(path) as image:
+            image.draft(None, (need, need))  # a large JPEG costs a fraction of the time at a half, a quarter or an eighth of its size
+            image.load()
+            with contextlib.suppress(Exception):  # where the metadata are damaged, the pixels are not
+                ImageOps.exif_transpose(image, in_place=True)
+            image = _in_colour(image)
+    width, height = image.size
+    if crop is None:
+        side = min(width, height)
+        box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+    else:  # shares are rounded numbers, and may add up to a little more than the whole
+        box = (left * width, top * height, min((left + wide) * width, width), min((top + high) * height, height))
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+    pixels = np.array(ImageOps.mirror(image) if mirror else image)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _in_colour(image):
+    """A Pillow image of any mode as RGB."""
+    from PIL import Image
+
+    if image.mode == "F" or (image.mode == "I" and (np.asarray(image) >> 16).any()):  # not 0 in negative numbers either
+        raise ValueError(f"pixels of Pillow's mode {image.mode}, whose range is not known: save them with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # sixteen bits: convert() would cut them off at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        layer, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        image.paste(layer, mask=layer)
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, in one line that leaves out its name."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is no image of a known kind"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: scale it down"
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+
+
+@contextlib.contextmanager
+def naming_dead_workers(num_workers: int) -> Iterator[None]:
+    """Make PyTorch's error about a dead worker process a `DataError`.
+
+    It comes up wherever the main process happens to be: who does more with the batches than to fetch them wraps that as well.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise DataError(
+            f"a process that decodes images died, probably for want of memory ({' '.join(str(error).split())}): "
+            f"lower data.num_workers = {num_workers}, or set it to 0"
+        ) from error
+
+
+def example_photograph() -> Tensor:
+    """A photograph that ships with wejepa, a cat's face: bytes (3, 224, 224). By Stéfan van der Walt, CC0, from scikit-image."""
+    return read_image(ASSETS / "chelsea.png", 224)
+
+
+def training_batches(
+    source: MemoryImages | FolderImages, cfg: IJepaConfig, epoch: int, first_step: int = 0, part: tuple[int, int] = (0, 1)
+) -> Iterator[Tensor]:
+    """The augmented batches (B, C, S, S) of one epoch, each image once; a short last batch is left out.
+
+    Args:
+        source: the images.
+        cfg: its `data` section gives the size of a batch and the crops, its `hardware` section the seed.
+        epoch: which order and crops, from 0.
+        first_step: step of the epoch to begin with.
+        part: (rank, ranks) gives the rank-th of so many equal parts of every batch, (B / ranks, C, S, S); side by side they are the whole
+            batch, however many they are. The number of ranks must divide `data.train_batch_size`.
+
+    Raises:
+        DataError: the set has fewer images than a batch, or too many of its files cannot be read.
     """
     steps, size, seed = steps_per_epoch(source, cfg), cfg.data.train_batch_size, cfg.hardware.seed
     order = torch.randperm(len(source), generator=generator_for(seed, epoch))
     index = order[: steps * size].view(steps, size)[first_step:]
     crops = [random_crops(size, cfg, generator_for(seed, epoch, step)) for step in range(first_step, steps)]
+    rank, ranks = part
+    mine = slice(rank * size // ranks, (rank + 1) * size // ranks)
     if crops:
-        yield from source.augmented(index, torch.stack(crops))
+        yield from source.augmented(index[:, mine], torch.stack(crops)[:, mine])
 
 
 def steps_per_epoch(source: MemoryImages | FolderImages, cfg: IJepaConfig) -> int:
@@ -277,7 +493,7 @@ def _padded(images: Tensor) -> Tensor:
 
 
 def _folder_files(name: str, root: Path, split: str):
-    """The files, labels and classes below ROOT/train or ROOT/test, a folder a class; ROOT/val serves as test as well."""
+    """ROOT/train or ROOT/test (ROOT/val serves as well), and the files, labels and classes below it, a folder a class."""
     if name == "imagenette":
         root = root / "imagenette2-160" if (root / "imagenette2-160").is_dir() else root / "imagenette2"
     tried = {"train": [root / "train"], "test": [root / "test", root / "val"]}
@@ -285,11 +501,26 @@ def _folder_files(name: str, root: Path, split: str):
     if folder is None:
         names = " or ".join(f.name for f in tried[split])
         raise DataError(f"data.root = {str(root)!r} has no folder {names}: put one there, with a folder a class in it")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS and f.is_file())
+    tops = sorted(_visible(folder.glob("*"), folder))  # not rglob from here: it would not follow a class folder that is a link
+    files = sorted(f for top in tops for f in (_visible(top.rglob("*"), folder) if os.path.isdir(top) else [top]) if _is_image(f))
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_ENDINGS)}): put some there, with a folder a class")
     names = [f.relative_to(folder).parts[0] if f.parent != folder else "" for f in files]
+    for top in tops:
+        if os.path.isdir(top) and top.name not in names:
+            warnings.warn(f"{top} holds no images: the class keeps its number and has none here", stacklevel=3)
     # A class has one number in both splits, also where one of them lacks it.
-    both = {f.name for part in tried.values() for top in part if top.is_dir() for f in top.iterdir() if f.is_dir()}
+    both = {f.name for part in tried.values() for top in part for f in _visible(top.glob("*"), top) if os.path.isdir(f)}
     classes = tuple(sorted(both | set(names)))
-    return files, torch.tensor([classes.index(n) for n in names]), classes
+    number = {name: i for i, name in enumerate(classes)}
+    return folder, files, torch.tensor([number[n] for n in names]), classes
+
+
+def _visible(paths: Iterable[Path], folder: Path) -> Iterator[Path]:
+    """Without what other programs hide below the folder: .thumbnails, .ipynb_checkpoints, ._photo.jpg."""
+    return (path for path in paths if not any(name.startswith(".") for name in path.relative_to(folder).parts))
+
+
+def _is_image(path: Path) -> bool:
+    """By its name; also a link to nothing and a file without permission, so that they are counted as unreadable, not lost."""
+    return path.suffix.lower() in IMAGE_ENDINGS and (os.path.isfile(path) or not os.path.exists(path))

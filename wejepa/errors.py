@@ -2,7 +2,10 @@
 
 
 class WejepaError(ValueError):
-    """Something the caller can put right; the message names the field or file and the remedy."""
+    """Something the caller can put right; the message, one line, names the field or file and the remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # what it quotes may hold line breaks
 
 
 class ConfigError(WejepaError):

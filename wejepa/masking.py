@@ -31,6 +31,10 @@ class Masks(NamedTuple):
         """The same masks on another device."""
         return Masks(self.context.to(device), self.targets.to(device))
 
+    def part(self, number: int, parts: int) -> Masks:
+        """The masks of one of several equal parts of the batch."""
+        return Masks(self.context.chunk(parts)[number], self.targets.chunk(parts)[number])
+
 
 def sample_block_masks(batch_size: int, grid_size: tuple[int, int], cfg: MaskConfig, generator: torch.Generator | None = None) -> Masks:
     """Sample the masks of a batch in one vectorised call.

@@ -9,20 +9,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from wejepa.masking import Masks
 
 __all__ = [
     "plot_comparison",
+    "plot_coverage",
+    "plot_curves",
+    "plot_error_maps",
     "plot_history",
     "plot_images",
+    "plot_maps",
     "plot_masks",
+    "plot_patches",
+    "plot_similarity_maps",
+    "plot_token_colours",
     "plot_tsne_embeddings",
     "visualize_attention_scores",
 ]
@@ -167,5 +176,168 @@ def plot_tsne_embeddings(points: Tensor, labels: Tensor, classes: Sequence[str],
     handles = [Patch(color=PALETTE[i % len(PALETTE)], label=name) for i, name in enumerate(classes)]
     ax.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     ax.set(xlabel="t-SNE 1", ylabel="t-SNE 2", title=title)
+    plt.close(fig)
+    return fig
+
+
+def plot_token_colours(
+    images: Tensor, colours: dict[str, Tensor], *, title: str = "Tokens as colours: like colours, like tokens"
+) -> Figure:
+    """Images (B, C, H, W) above rows of their tokens' colours, each (B, rows, columns, 3) from 0 to 1, by name."""
+    columns, rows = len(images), 1 + len(colours)
+    fig, axes = plt.subplots(rows, columns, figsize=(1.15 * columns + 0.8, 1.2 * rows + 0.4), squeeze=False, layout="constrained")
+    for column in range(columns):
+        axes[0, column].imshow(to_picture(images[column]))
+        for ax, shown in zip(axes[1:, column], colours.values(), strict=True):
+            ax.imshow(shown[column])
+    for ax, name in zip(axes[:, 0], ("image", *colours), strict=True):
+        ax.set_ylabel(name)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
+
+
+def plot_error_maps(images: Tensor, errors: Tensor, *, title: str = "Which patches are hard to predict") -> Figure:
+    """Images (B, C, H, W) above the prediction error of each of their patches (B, rows, columns); not-a-number is left white."""
+    columns = len(images)
+    fig, axes = plt.subplots(2, columns, figsize=(1.15 * columns + 1.4, 2.9), squeeze=False, layout="constrained")
+    largest = float(errors[errors.isfinite()].quantile(0.99))  # a single hard patch would darken the rest
+    for column in range(columns):
+        axes[0, column].imshow(to_picture(images[column]))
+        drawn = axes[1, column].imshow(errors[column], cmap="cividis", vmin=0, vmax=largest)
+    axes[0, 0].set_ylabel("image")
+    axes[1, 0].set_ylabel("error")
+    fig.colorbar(drawn, ax=list(axes.flat), shrink=0.9, extend="max", label="smooth-L1")
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
+
+
+def plot_coverage(maps: dict[str, Tensor], *, title: str = "How often each patch is drawn") -> Figure:
+    """Heatmaps of shares (H, W) by name, on one scale that begins at 0, each patch's share written in it."""
+    fig, axes = plt.subplots(1, len(maps), figsize=(3.5 * len(maps) + 0.9, 3.7), squeeze=False, layout="constrained")
+    highest = max(float(heat.max()) for heat in maps.values())
+    for ax, (name, heat) in zip(axes[0], maps.items(), strict=True):
+        drawn = ax.imshow(heat, cmap="cividis", vmin=0, vmax=highest)
+        ax.set(title=name, xlabel="column of patches", ylabel="row of patches")
+        if heat.numel() <= 100:
+            for (row, col), share in zip(np.ndindex(*heat.shape), heat.flatten().tolist(), strict=True):
+                colour = "white" if share < 0.6 * highest else "black"
+                ax.text(col, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    fig.colorbar(drawn, ax=list(axes[0]), shrink=0.85, label="share of images", format=PercentFormatter(1.0, decimals=0))
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
+
+
+def plot_curves(
+    x_values: Sequence[float], curves: dict[str, Sequence[float]], *, x: str, y: str, title: str = "", log_x: bool = True
+) -> Figure:
+    """Lines by name over common x values, told apart by colour and marker."""
+    fig, ax = plt.subplots(figsize=(6.2, 3.5), layout="constrained")
+    for (name, values), colour, marker in zip(curves.items(), PALETTE, "os^Dv*P", strict=False):
+        ax.plot(x_values, values, color=colour, marker=marker, label=name)
+    if log_x:
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(x_values, [f"{v:g}" for v in x_values])
+    ax.set(xlabel=x, ylabel=y, title=title, ylim=(0, None))
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    plt.close(fig)
+    return fig
+
+
+def plot_maps(
+    maps: dict[str, Tensor],
+    *,
+    label: str = "",
+    shared: bool = True,
+    numbers: str = "",
+    limits: tuple[float, float] | None = None,
+    title: str = "",
+) -> Figure:
+    """Maps (H, W) over a token grid side by side, with colour bars.
+
+    Args:
+        maps: by the name that stands above each.
+        label: what the colours mean.
+        shared: one scale for all, with one bar; otherwise each has its own.
+        numbers: a format such as ".0f" to write every value into its cell.
+        limits: the scale's ends, by default the smallest and the largest value.
+        title: above the figure.
+    """
+    fig, axes = plt.subplots(1, len(maps), figsize=(3.5 * len(maps) + 0.7, 3.9), squeeze=False, layout="constrained")
+    everything = torch.cat([m.detach().float().flatten() for m in maps.values()])
+    for ax, (name, values) in zip(axes[0], maps.items(), strict=True):
+        values = values.detach().float()
+        scale = everything if shared else values
+        low, high = limits or (float(scale.min()), float(scale.max()))
+        drawn = ax.imshow(values, cmap="cividis", vmin=low, vmax=high)
+        for (row, col), value in (
+            (((r, c), float(values[r, c])) for r in range(values.shape[0]) for c in range(values.shape[1])) if numbers else ()
+        ):
+            ink = "white" if value < (low + high) / 2 else "black"
+            ax.text(col, row, format(value, numbers), ha="center", va="center", color=ink, fontsize=8)
+        ax.set(title=name, xlabel="column")
+        if not shared:
+            fig.colorbar(drawn, ax=ax, shrink=0.8, label=label)
+    axes[0, 0].set_ylabel("row")
+    if shared:
+        fig.colorbar(drawn, ax=list(axes[0]), shrink=0.8, label=label)
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
+
+
+def plot_patches(image: Tensor, patch_size: int, *, title: str = "") -> Figure:
+    """An image (C, H, W), and beside it the patches that it is cut into, a little apart."""
+    picture = to_picture(image)
+    rows, cols = picture.shape[0] // patch_size, picture.shape[1] // patch_size
+    gap = max(1, round(patch_size / 6))
+    step = patch_size + gap
+    sheet = torch.ones(rows * step - gap, cols * step - gap, 3)
+    for r in range(rows):
+        for c in range(cols):
+            patch = picture[r * patch_size : (r + 1) * patch_size, c * patch_size : (c + 1) * patch_size]
+            sheet[r * step : r * step + patch_size, c * step : c * step + patch_size] = patch
+    fig, axes = plt.subplots(1, 2, figsize=(7.6, 4.6), dpi=75, layout="constrained")  # photographs make large files
+    axes[0].imshow(picture)
+    axes[0].set(title=f"{picture.shape[0]} x {picture.shape[1]} pixels", xlabel="column", ylabel="row")
+    axes[1].imshow(sheet)
+    axes[1].set(title=f"{rows} x {cols} = {rows * cols} patches of {patch_size} x {patch_size}", xlabel="column of patches")
+    places = [k * step + patch_size / 2 - 0.5 for k in range(max(rows, cols))]
+    every = max(1, max(rows, cols) // 8)
+    axes[1].set_xticks(places[:cols:every], range(0, cols, every))
+    axes[1].set_yticks(places[:rows:every], range(0, rows, every))
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
+
+
+def plot_similarity_maps(similarities: dict[str, Tensor], grid_size: tuple[int, int], *, title: str = "") -> Figure:
+    """For each (N, N) of cosine similarities a grid of maps: the map at row r and column c compares that position with all others.
+
+    Each has its own scale, from its smallest value to 1.
+    """
+    rows, cols = grid_size
+    fig, axes = plt.subplots(1, len(similarities), figsize=(5.2 * len(similarities), 5.0), squeeze=False, layout="constrained")
+    for ax, (name, similarity) in zip(axes[0], similarities.items(), strict=True):
+        sheet = torch.full((rows * (rows + 1) - 1, cols * (cols + 1) - 1), float("nan"))
+        for k, values in enumerate(similarity.detach().float().view(-1, rows, cols)):
+            r, c = k // cols * (rows + 1), k % cols * (cols + 1)
+            sheet[r : r + rows, c : c + cols] = values
+        drawn = ax.imshow(sheet, cmap="cividis", vmin=float(similarity.min()), vmax=1)
+        fig.colorbar(drawn, ax=ax, shrink=0.75, label="cosine similarity")
+        ax.set_xticks([k * (cols + 1) + (cols - 1) / 2 for k in range(cols)], range(cols))
+        ax.set_yticks([k * (rows + 1) + (rows - 1) / 2 for k in range(rows)], range(rows))
+        ax.set(title=name, xlabel="column of the position")
+    axes[0, 0].set_ylabel("row of the position")
+    fig.suptitle(title)
     plt.close(fig)
     return fig

@@ -93,8 +93,14 @@ def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, 
         cfg: `epochs`, `batch_size` and `seed` are used.
 
     Raises:
-        DataError: fewer than 10 labelled images, too few to choose on a fifth of them.
+        DataError: fewer than 10 labelled images, too few to choose on a fifth of them; labels that are negative, or not one for
+            each row of features.
     """
+    for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
+        if y.shape != x.shape[:1]:
+            raise DataError(f"{name}_y has shape {tuple(y.shape)} for {len(x)} rows of {name}_x: give one label for each")
+        if negative := (y < 0).nonzero().flatten().tolist():
+            raise DataError(f"{name}_y[{negative[0]}] = {y[negative[0]]}: classes count from 0; leave out what has none")
     if len(train_x) < 10:
         raise DataError(f"a probe needs 10 labelled images or more, there are {len(train_x)}: raise labels_per_class or label some more")
     classes = int(train_y.max()) + 1
@@ -237,11 +243,12 @@ class Judge:
         config: names the data set, the image's size and the grid.
 
     Attributes:
-        train, test: the images; `index` says which of `train` have labels.
+        train, test: the images.
+        index, test_index: which of `train` have labels, which of `test` are asked: files that cannot be read are left out.
 
     Raises:
         ConfigError: an encoder or a pooling that is not known.
-        DataError: the set has fewer than two classes.
+        DataError: the set has fewer than two classes, or too many files that cannot be read.
     """
 
     def __init__(self, cfg: FinetuneConfig, config: IJepaConfig):
@@ -255,12 +262,13 @@ class Judge:
         self.train, self.test = load_images(config, "train"), load_images(config, "test")
         if len(self.train.classes) < 2:
             raise DataError(f"data.dataset = {config.data.dataset!r} has one class, a probe needs two: sort the images into class folders")
-        self.index = first_of_each_class(self.train.labels, cfg.labels_per_class)
-        self.train_y, self.test_y = self.train.labels[self.index], self.test.labels
+        self.index = self.train.readable(first_of_each_class(self.train.labels, cfg.labels_per_class))
+        self.test_index = self.test.readable(torch.arange(len(self.test)))
+        self.train_y, self.test_y = self.train.labels[self.index], self.test.labels[self.test_index]
 
     def tokens(self, model: IJEPA_base) -> tuple[Tensor, Tensor]:
         """Tokens of the labelled and of the test images, each (N, P, D)."""
-        images = ((self.train, self.index), (self.test, torch.arange(len(self.test))))
+        images = ((self.train, self.index), (self.test, self.test_index))
         train, test = (encode_images(model, source, index, model.cfg, self.cfg.encoder) for source, index in images)
         return train, test
 
@@ -272,7 +280,7 @@ class Judge:
     def pixel_scores(self) -> dict[str, float]:
         """The same for the pixels: the mean patch under "mean"; every pixel under "grid" and "knn"."""
         size = self.config.model.patch_size
-        images = ((self.train, self.index), (self.test, torch.arange(len(self.test))))
+        images = ((self.train, self.index), (self.test, self.test_index))
         pixels = [torch.cat(list(source.batches(index, 500))) for source, index in images]
         if all((x == x[:, :1]).all() for x in pixels):
             pixels = [x[:, :1] for x in pixels]  # grey images: their channels are copies of one another

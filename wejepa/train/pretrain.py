@@ -3,14 +3,17 @@
     python -m wejepa.train.pretrain --set optimizer.epochs=5 --set data.dataset=cifar10
     python -m wejepa.train.pretrain --config my.json --resume auto
     python -m wejepa.train.pretrain --print-config > my.json
+    torchrun --nproc-per-node=2 -m wejepa.train.pretrain --config my.json
 
-torch is imported when training starts, so that a config is printed or refused at once.
+Exit codes: 0 done; 2 refused, with one line that says what to do; 130 (SIGINT) or 143 (SIGTERM) interrupted, with a checkpoint written:
+the same command with --resume auto goes on from it. torch is imported when training starts, so that a config is printed or refused at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,19 +58,32 @@ def launch_pretraining(cfg: IJepaConfig, resume: str | Path | None = None) -> Pr
 
     Args:
         cfg: the config; see `IJepaConfig.summary`.
-        resume: a checkpoint to go on from; "auto" for the newest in `hardware.output_dir`, if any; None to start afresh.
+        resume: a checkpoint to go on from; "auto" for the newest good one in `hardware.output_dir`, if any; None to start afresh,
+            which moves what an earlier run has left there into a folder earlier-1, -2, ... in it.
+
+    Under torchrun each process calls this; `data.train_batch_size` is what they all take together.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: each with one line that says what to do.
+        RunInterrupted: SIGINT or SIGTERM came; the checkpoint of the last whole step is written. A KeyboardInterrupt.
     """
+    from wejepa.train.checkpoints import load_model
+    from wejepa.train.interruption import RunInterrupted
     from wejepa.train.loop import Pretraining
 
     run = Pretraining(cfg, resume)
-    print("  ".join(f"{title:>11}" for _, title, _ in COLUMNS), flush=True)
-    for entry in run.history:
-        print(epoch_line(entry), flush=True)
-    checkpoint = run.run(report=lambda entry: print(epoch_line(entry), flush=True))
-    return PretrainResult(checkpoint, run.history, run.model.eval())
+    if run.ranks.first:
+        run.log("  ".join(f"{title:>11}" for _, title, _ in COLUMNS))
+        for entry in run.history:
+            print(epoch_line(entry), flush=True)
+    try:
+        checkpoint = run.run(report=lambda entry: run.log(epoch_line(entry)))
+    except RunInterrupted:  # the one exception that all processes raise at the same step
+        run.ranks.leave()
+        raise
+    model = load_model(checkpoint) if cfg.hardware.shard_model else run.model.eval()
+    run.ranks.leave()
+    return PretrainResult(checkpoint, run.history, model)
 
 
 def epoch_line(entry: dict[str, Any]) -> str:
@@ -93,7 +109,7 @@ def config_from_arguments(args: argparse.Namespace) -> IJepaConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 done, 2 refused with one line on standard error."""
+    """The command line; returns the exit code that the module's docstring tells."""
     parser = argparse.ArgumentParser(prog="python -m wejepa.train.pretrain", description="Pretrain an I-JEPA.")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="default", help="the config to start from")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a JSON file of settings")
@@ -101,18 +117,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint in the output folder, or from one")
     parser.add_argument("--print-config", action="store_true", help="print the config as JSON and stop")
     args = parser.parse_args(argv)
+    rank = int(os.environ.get("RANK", 0))
+    # A job that torchrun has started anew goes on by itself.
+    resume = args.resume or ("auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None)
     try:
         cfg = config_from_arguments(args)
         if args.print_config:
             print(json.dumps(cfg.to_dict(), indent=2))
             return 0
-        print(cfg.summary())
-        result = launch_pretraining(cfg, args.resume)
-        print(f"checkpoint {result.checkpoint}")
+        if rank == 0:
+            print(cfg.summary(), flush=True)
+        result = launch_pretraining(cfg, resume)
+        if rank == 0:
+            print(f"checkpoint {result.checkpoint}")
         return 0
     except WejepaError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        where = f"[rank {rank}] " if "RANK" in os.environ else ""
+        print(f"{where}{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        if rank == 0:
+            print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        return 128 + getattr(stop, "signum", 2)
 
 
 if __name__ == "__main__":

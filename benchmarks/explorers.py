@@ -1,0 +1,201 @@
+"""How long an explorer takes from key press to changed picture, in a real JupyterLab in a real browser, and what 500 moves leave behind.
+
+    python -m benchmarks.explorers
+
+Needs playwright (`pip install playwright`) and a Chromium: the one named by $CHROMIUM, or found as chromium, chromium-browser or
+google-chrome.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+
+CELLS = {
+    "PatchExplorer": "PatchExplorer(images[0])",
+    "MaskExplorer": "MaskExplorer(cfg, images[1])",
+    "AttentionExplorer": 'AttentionExplorer({"one": IJEPA_base(cfg), "other": IJEPA_base(cfg)}, images)',
+}
+SETUP = """import torch
+from wejepa.config import default_config
+from wejepa.data import load_images
+from wejepa.model import IJEPA_base
+from wejepa.widgets import AttentionExplorer, MaskExplorer, PatchExplorer
+
+cfg = default_config()
+source = load_images(cfg, "test")
+images = next(source.batches(torch.arange(8), 8))"""
+
+# Presses are timed in the page: from the key's event to the first frame after the new picture has been decoded.
+WATCH = """(image) => {
+    window.waits = [];
+    let pressed = null;
+    document.addEventListener('keydown', () => { pressed = performance.now(); }, true);
+    image.addEventListener('load', () => requestAnimationFrame(() => {
+        if (pressed !== null) { window.waits.push(performance.now() - pressed); pressed = null; }
+    }));
+}"""
+
+
+def find_chromium() -> str | None:
+    """The path of a Chromium on this machine, or None."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return os.environ.get("CHROMIUM") or next((path for path in map(shutil.which, names) if path), None)
+
+
+@contextlib.contextmanager
+def jupyterlab(folder: Path) -> Iterator[str]:
+    """JupyterLab on this machine only, with a folder as its root; gives its address with a token."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "root_dir": folder, "open_browser": False, "allow_root": True}
+    command = [sys.executable, "-m", "jupyterlab", *(f"--ServerApp.{k}={v}" for k, v in options.items()), "--IdentityProvider.token=test"]
+    environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(folder / ".config"), "JUPYTER_DATA_DIR": str(folder / ".data")}
+    environment |= {"JUPYTER_RUNTIME_DIR": str(folder / ".runtime"), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    log = open(folder / "jupyter.log", "w")  # noqa: SIM115  the server writes to it until it ends
+    server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/api", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"JupyterLab did not start: {(folder / 'jupyter.log').read_text()[-2000:]}") from None
+                time.sleep(0.1)
+        yield address
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+        log.close()
+
+
+@contextlib.contextmanager
+def browser_page(chromium: str):
+    """A page of a headless browser, large enough for a notebook."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--enable-precise-memory-info", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        try:
+            yield browser.new_page(viewport={"width": 1500, "height": 1300})
+        finally:
+            browser.close()
+
+
+def open_and_run(page, address: str, name: str, seconds: float = 120) -> None:
+    """Open a notebook in JupyterLab, run all its cells, and wait until the kernel is idle again.
+
+    Raises:
+        RuntimeError: a cell shows an error.
+    """
+    from playwright.sync_api import TimeoutError
+
+    page.goto(f"{address}/lab/tree/{name}?token=test&reset")
+    page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000, state="attached")
+    prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(p => p.textContent)"
+    for _ in range(5):  # a menu that is clicked while JupyterLab still settles does nothing
+        page.click('.lm-MenuBar-itemLabel:text-is("Run")')
+        page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+        try:
+            page.wait_for_function(f"() => {prompts}.some(t => /[0-9*]/.test(t))", timeout=5_000)
+            break
+        except TimeoutError:
+            continue
+    page.wait_for_function(f"() => !{prompts}.some(t => t.includes('*'))", timeout=1000 * seconds)
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=1000 * seconds, state="attached")
+    errors = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
+    if errors.count():
+        raise RuntimeError(f"{name}: {errors.first.inner_text()[-1500:]}")
+
+
+def explorer(page, number: int = 0):
+    """The image of the page's explorer number `number`, and the handles of its sliders."""
+    box = page.locator(".jp-OutputArea-output .widget-hbox", has=page.locator("img.widget-image")).nth(number)
+    box.scroll_into_view_if_needed()
+    return box.locator("img.widget-image").first, box.locator(".noUi-handle")
+
+
+def press(page, image, handle, key: str, seconds: float = 10) -> str:
+    """Focus a slider's handle, press a key, wait for another picture; the picture's new address."""
+    before = image.get_attribute("src")
+    handle.focus()
+    page.keyboard.press(key)
+    page.wait_for_function("([image, before]) => image.src !== before", arg=[image.element_handle(), before], timeout=1000 * seconds)
+    return image.get_attribute("src")
+
+
+def kernel_bytes() -> int:
+    """Resident memory of the kernels on this machine that this process's server started."""
+    import psutil
+
+    processes = psutil.Process().children(recursive=True)
+    return sum(p.memory_info().rss for p in processes if "ipykernel_launcher" in " ".join(p.cmdline()))
+
+
+def measure(moves: int, endurance: int) -> None:
+    """Print, for each explorer, the median and spread of the wait, and the growth of memory."""
+    chromium = find_chromium()
+    if chromium is None:
+        raise SystemExit("no Chromium found: install one (Debian: apt install chromium), or name it in $CHROMIUM")
+    print(
+        "| explorer | moves | median, ms | 90 % below, ms | slowest, ms | kernel memory after 500 more | page memory |\n|---|" + "---:|" * 6
+    )
+    for name, expression in CELLS.items():
+        with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder)) as address, browser_page(chromium) as page:
+            notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (SETUP, expression)])
+            notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+            nbformat.write(notebook, Path(folder) / "explorer.ipynb")
+            open_and_run(page, address, "explorer.ipynb")
+            image, handles = explorer(page)
+            handle = handles.last
+            image.evaluate(WATCH)
+
+            def move(count, image=image, handle=handle, page=page):
+                for k in range(count):
+                    press(page, image, handle, "ArrowLeft" if k % 2 else "ArrowRight")
+
+            move(moves)
+            waits = sorted(page.evaluate("window.waits"))
+            move(20)
+            before = kernel_bytes(), page.evaluate("performance.memory.usedJSHeapSize")
+            move(endurance)
+            after = kernel_bytes(), page.evaluate("performance.memory.usedJSHeapSize")
+            grown = [f"{(b - a) / 2**20:+.1f} MiB" for a, b in zip(before, after, strict=True)]
+            cells = (name, len(waits), f"{statistics.median(waits):.0f}", f"{waits[int(0.9 * len(waits))]:.0f}", f"{waits[-1]:.0f}", *grown)
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.explorers", description="Time the explorers in a browser.")
+    parser.add_argument("--moves", type=int, default=50)
+    parser.add_argument("--endurance", type=int, default=500)
+    args = parser.parse_args()
+    measure(args.moves, args.endurance)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

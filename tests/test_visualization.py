@@ -1,0 +1,63 @@
+"""Figures show what they are given, and are closed."""
+
+import matplotlib.pyplot as plt
+import torch
+
+from wejepa.analysis import visualization
+
+
+def test_token_colours_stand_below_their_images():
+    colours = {"one": torch.rand(3, 4, 4, 3), "other": torch.rand(3, 4, 4, 3)}
+    fig = visualization.plot_token_colours(torch.randn(3, 1, 16, 16), colours)
+    assert len(fig.axes) == 9 and not plt.fignum_exists(fig.number)
+    assert [fig.axes[i].get_ylabel() for i in (0, 3, 6)] == ["image", "one", "other"]
+    assert (fig.axes[3].images[0].get_array() == colours["one"][0].numpy()).all()
+
+
+def test_error_maps_share_one_scale_and_bear_gaps():
+    errors = torch.rand(2, 4, 4)
+    errors[0, 0, 0] = torch.nan
+    fig = visualization.plot_error_maps(torch.randn(2, 3, 16, 16), errors)
+    assert not plt.fignum_exists(fig.number)
+    (low, high), other = (fig.axes[i].images[0].get_clim() for i in (2, 3))
+    assert (low, high) == other and low == 0 and 0 < high <= float(errors.nan_to_num(0).max())
+
+
+def test_patches_stand_apart_and_none_is_missing():
+    image = torch.rand(3, 8, 8)
+    fig = visualization.plot_patches(image, 4)
+    assert not plt.fignum_exists(fig.number)
+    sheet = torch.as_tensor(fig.axes[1].images[0].get_array())
+    assert sheet.shape == (9, 9, 3) and (sheet[4] == 1).all() and (sheet[:, 4] == 1).all()
+    assert torch.allclose(sheet[5:, :4], visualization.to_picture(image)[4:, :4])
+
+
+def test_maps_share_a_scale_unless_told_otherwise():
+    maps = {"one": torch.tensor([[0.0, 1.0]]), "other": torch.tensor([[2.0, 5.0]])}
+    shared, own = visualization.plot_maps(maps), visualization.plot_maps(maps, shared=False, numbers=".0f")
+    assert not plt.fignum_exists(shared.number) and not plt.fignum_exists(own.number)
+    assert [ax.images[0].get_clim() for ax in shared.axes[:2]] == [(0, 5), (0, 5)]
+    assert [ax.images[0].get_clim() for ax in own.axes[:2]] == [(0, 1), (2, 5)]
+
+
+def test_similarity_maps_are_laid_out_as_the_grid_is():
+    similarity = torch.rand(6, 6)
+    fig = visualization.plot_similarity_maps({"one": similarity}, (2, 3))
+    assert not plt.fignum_exists(fig.number)
+    sheet = torch.as_tensor(fig.axes[0].images[0].get_array().filled(float("nan")))
+    assert sheet.shape == (5, 11) and sheet[2].isnan().all() and sheet[:, 3].isnan().all()
+    assert torch.equal(sheet[3:, 4:7], similarity[4].view(2, 3))
+
+
+def test_coverage_maps_share_one_scale_from_zero():
+    fig = visualization.plot_coverage({"one": torch.full((2, 3), 0.25), "other": torch.full((2, 3), 0.5)})
+    assert not plt.fignum_exists(fig.number)
+    assert [ax.images[0].get_clim() for ax in fig.axes[:2]] == [(0, 0.5), (0, 0.5)]
+    assert [t.get_text() for t in fig.axes[0].texts] == ["25"] * 6
+
+
+def test_curves_go_through_their_points():
+    fig = visualization.plot_curves([1, 2, 4], {"one": [3, 2, 1], "other": [1, 1, 1]}, x="size", y="patches")
+    assert not plt.fignum_exists(fig.number)
+    assert [list(line.get_ydata()) for line in fig.axes[0].lines] == [[3, 2, 1], [1, 1, 1]]
+    assert fig.axes[0].get_xlabel() == "size" and fig.axes[0].get_ylim()[0] == 0

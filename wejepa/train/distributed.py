@@ -1,0 +1,154 @@
+"""One run on several processes, as torchrun starts them.
+
+Every process holds the model and computes the loss of its share of each batch; gradients are averaged in the backward pass, so all
+processes make the same update. Or, with `hardware.shard_model`, each holds a share of every weight as well (FSDP2).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from wejepa.errors import ConfigError
+from wejepa.masking import Masks
+from wejepa.model import IJEPA_base, ijepa_loss
+
+__all__ = ["IJepaLoss", "Ranks", "shard", "spread_like", "whole"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of its run.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are.
+        device: what it computes on.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: torch.device) -> Ranks:
+        """Meet the other processes if torchrun started this one, else be alone.
+
+        Args:
+            device: of the kind to compute on; on "cuda" each process takes the GPU of its local rank.
+
+        Raises:
+            ConfigError: a machine has more processes than GPUs.
+        """
+        if "TORCHELASTIC_RUN_ID" not in os.environ and not dist.is_initialized():
+            return cls(0, 1, device)
+        if device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            if local >= torch.cuda.device_count():
+                raise ConfigError(
+                    f"--nproc-per-node is more than this machine's {torch.cuda.device_count()} GPUs: make it smaller, "
+                    "or set hardware.device to cpu"
+                )
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            _meet("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the checkpoints and prints the lines."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the processes: one small collective."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's value, in every process."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def leave(self) -> None:
+        """Part from the other processes, all of them at the same point.
+
+        Left to the interpreter's end, the group's threads now and then outlive what they need, and a finished job ends with an abort.
+        """
+        if self.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def wrap(self, loss: IJepaLoss, sharded: bool) -> nn.Module:
+        """The loss as a module whose backward pass averages the gradients over the processes."""
+        if self.world == 1 or sharded:  # a sharded model does it by itself
+            return loss
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _meet(backend: str) -> None:
+    """Join the group, under names of its own for each start of the job.
+
+    torchrun keeps one store over restarts: under the same names the processes would find the addresses of those that died, and wait.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    start = store.add("wejepa/start", 0)
+    dist.init_process_group(backend, store=dist.PrefixStore(f"wejepa/{start}", store), rank=rank, world_size=world)
+    dist.barrier()  # all have read the number
+    if rank == 0:
+        store.add("wejepa/start", 1)
+
+
+class IJepaLoss(nn.Module):
+    """The whole step up to the loss as one forward pass: what DistributedDataParallel must wrap to see every gradient."""
+
+    def __init__(self, model: IJEPA_base):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, masks: Masks) -> Tensor:
+        """Images (B, C, S, S) and their masks -> the mean loss."""
+        return ijepa_loss(*self.model(images, masks))
+
+
+def shard(model: IJEPA_base, ranks: Ranks) -> None:
+    """Spread each block's weights over the processes, in place; they are gathered when the block computes, and let go of after it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # It warns that nothing may be added in place to what a module returns; nothing is.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for part in (model.student_encoder, model.predictor, model.teacher_encoder):
+        for block in part.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        # Also for the parts themselves: the teacher has no backward pass that would let go of a copy that its update makes stale.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor with its shards put together: a collective where it has any."""
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of `like`, and sharded as it is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value

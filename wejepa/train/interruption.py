@@ -1,0 +1,47 @@
+"""Ending a run on a signal, between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+__all__ = ["Interruption", "RunInterrupted"]
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM ended the run after a whole step, and a checkpoint of that step is written.
+
+    Attributes:
+        signum: the signal.
+        checkpoint: what to resume from.
+    """
+
+    def __init__(self, signum: int, checkpoint: Path, step: int):
+        super().__init__(f"{signal.Signals(signum).name} after step {step}; {checkpoint} holds it: go on with resume='auto'")
+        self.signum, self.checkpoint = signum, checkpoint
+
+
+class Interruption:
+    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; a second signal acts at once.
+
+    Attributes:
+        signum: the signal that came, or 0.
+    """
+
+    def __init__(self):
+        self.signum, self._before = 0, {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+            heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]  # as nohup and & have it
+            self._before = {signum: signal.signal(signum, self._note) for signum in heard}
+        return self
+
+    def _note(self, signum: int, frame) -> None:
+        self.signum = signum
+        self.__exit__()
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
