@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -39,6 +41,8 @@ from wejepa.widgets import AttentionExplorer, MaskExplorer, PatchExplorer
 cfg = default_config()
 source = load_images(cfg, "test")
 images = next(source.batches(torch.arange(8), 8))"""
+
+ERROR = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]'
 
 # Presses are timed in the page: from the key's event to the first frame after the new picture has been decoded.
 WATCH = """(image) => {
@@ -107,25 +111,36 @@ def open_and_run(page, address: str, name: str, seconds: float = 120) -> None:
     """Open a notebook in JupyterLab, run all its cells, and wait until the kernel is idle again.
 
     Raises:
-        RuntimeError: a cell shows an error.
+        RuntimeError: a cell shows an error, or the run does not come to its end.
     """
     from playwright.sync_api import TimeoutError
 
+    # Its kernel is started first: less for JupyterLab to settle.
+    session = json.dumps({"path": name, "name": name, "type": "notebook", "kernel": {"name": "python3"}}).encode()
+    urllib.request.urlopen(urllib.request.Request(f"{address}/api/sessions?token=test", session), timeout=60).close()
     page.goto(f"{address}/lab/tree/{name}?token=test&reset")
     page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000, state="attached")
     prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(p => p.textContent)"
-    for _ in range(5):  # a menu that is clicked while JupyterLab still settles does nothing
-        page.click('.lm-MenuBar-itemLabel:text-is("Run")')
-        page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
-        try:
+    if any(re.search("[0-9]", text) for text in page.evaluate(prompts)):
+        raise ValueError(f"{name} has cells that are numbered already: set their execution_count to None, or nobody sees them run")
+    deadline = time.monotonic() + seconds
+    while not all(re.search("[0-9]", text) for text in page.evaluate(prompts)):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{name} has not run to its end in {seconds:.0f} s: {page.evaluate(prompts)}")
+        with contextlib.suppress(TimeoutError):  # a menu that is clicked while JupyterLab still settles does nothing, or asks which kernel
+            answer = page.locator(".jp-Dialog .jp-mod-accept")
+            if answer.count():
+                answer.first.click(timeout=5_000)
+                page.wait_for_timeout(1_000)
+            page.click('.lm-MenuBar-itemLabel:text-is("Run")', timeout=5_000)
+            page.click('.lm-Menu-itemLabel:text-is("Run All Cells")', timeout=5_000)
             page.wait_for_function(f"() => {prompts}.some(t => /[0-9*]/.test(t))", timeout=5_000)
-            break
-        except TimeoutError:
-            continue
-    page.wait_for_function(f"() => !{prompts}.some(t => t.includes('*'))", timeout=1000 * seconds)
+            page.wait_for_function(f"() => !{prompts}.some(t => t.includes('*'))", timeout=1000 * seconds)
+            if page.locator(ERROR).count():
+                break
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=1000 * seconds, state="attached")
-    errors = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
+    errors = page.locator(ERROR)
     if errors.count():
         raise RuntimeError(f"{name}: {errors.first.inner_text()[-1500:]}")
 

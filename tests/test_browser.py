@@ -31,7 +31,7 @@ def lab(tmp_path_factory):
         notebook.cells = [c for c in notebook.cells if "skip-execution" not in c.metadata.get("tags", [])]
         for cell in notebook.cells:
             if cell.cell_type == "code":
-                cell.outputs = []
+                cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, folder / path.name)
     with jupyterlab(folder) as address, browser_page(chromium) as page:
         yield address, page
