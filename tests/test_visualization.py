@@ -61,3 +61,44 @@ def test_curves_go_through_their_points():
     assert not plt.fignum_exists(fig.number)
     assert [list(line.get_ydata()) for line in fig.axes[0].lines] == [[3, 2, 1], [1, 1, 1]]
     assert fig.axes[0].get_xlabel() == "size" and fig.axes[0].get_ylim()[0] == 0
+
+
+def test_bands_hold_their_lines():
+    values = torch.tensor([[1.0, 4.0], [3.0, 6.0]])
+    fig = visualization.plot_bands([10, 100], {"one": values}, x="labels", y="accuracy")
+    assert not plt.fignum_exists(fig.number)
+    ax = fig.axes[0]
+    assert list(ax.lines[0].get_ydata()) == [2, 5] and [t.get_text() for t in ax.get_xticklabels()] == ["10", "100"]
+    edge = ax.collections[0].get_paths()[0].vertices
+    assert edge[:, 1].min() == 1 and edge[:, 1].max() == 6
+
+
+def test_confusion_is_coloured_by_the_row_and_bears_an_empty_class():
+    fig = visualization.plot_confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 2, 2]]), ["one", "none", "other"])
+    assert not plt.fignum_exists(fig.number)
+    ax = fig.axes[0]
+    assert ax.images[0].get_array().tolist() == [[0.75, 0.25, 0], [0, 0, 0], [0, 0.5, 0.5]]
+    assert [t.get_text() for t in ax.texts] == ["3", "1", "2", "2"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted", "true")
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["one", "none", "other"]
+
+
+def test_histories_of_one_name_share_a_colour_and_one_entry_of_the_legend():
+    history = [{"step": s, "loss": v, "teacher_variance": 0.5, "rankme": 8, "knn": 0.1} for s, v in ((0, float("nan")), (9, 0.2))]
+    fig = visualization.plot_histories({"one": [history, history], "other": [history]})
+    assert not plt.fignum_exists(fig.number) and len(fig.axes) == 4
+    first, second, third = fig.axes[0].lines
+    assert first.get_color() == second.get_color() != third.get_color()
+    assert list(first.get_xdata()) == [0, 9] and first.get_ydata()[1] == 0.2 and fig.axes[0].get_yscale() == "log"
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["one", "other"]
+
+
+def test_tsne_names_each_class_at_its_points_and_leaves_out_one_without():
+    points, labels = torch.tensor([[0.0, 0], [2, 0], [1, 9], [50, 50]]), torch.tensor([0, 0, 0, 2])
+    fig = visualization.plot_tsne_embeddings(points, labels, ["one", "none", "other"])
+    assert not plt.fignum_exists(fig.number)
+    ax = fig.axes[0]
+    assert [(t.get_text(), t.get_position()) for t in ax.texts] == [("one", (1, 0)), ("other", (50, 50))]
+    one, other = ax.collections
+    assert len(one.get_offsets()) == 3 and one.get_facecolor().tolist() != other.get_facecolor().tolist()
+    assert one.get_paths()[0].vertices.shape != other.get_paths()[0].vertices.shape  # told apart without colours as well

@@ -12,19 +12,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from wejepa.masking import Masks
 
 __all__ = [
+    "plot_bands",
     "plot_comparison",
+    "plot_confusion",
     "plot_coverage",
     "plot_curves",
     "plot_error_maps",
+    "plot_histories",
     "plot_history",
     "plot_images",
     "plot_maps",
@@ -108,6 +111,33 @@ def plot_history(history: list[dict[str, Any]], *, title: str = "Pretraining") -
     return fig
 
 
+def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: str = "") -> Figure:
+    """Loss (logarithmic), teacher variance, RankMe and nearest-neighbour accuracy over the steps of several runs.
+
+    Args:
+        runs: by name one or more histories, drawn in one colour: lists of dicts with step, loss, teacher_variance, rankme, knn, where a
+            loss may be NaN.
+        title: above the figure.
+    """
+    panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
+    fig, axes = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained")
+    for ax, (key, name) in zip(axes.flat, panels, strict=True):
+        for (run, histories), colour, marker, style in zip(runs.items(), PALETTE, "os^Dv*P", ("-", "--", ":", "-.") * 2, strict=False):
+            for i, history in enumerate(histories):
+                values = [entry[key] for entry in history]
+                label = run if i == 0 else None
+                ax.plot([e["step"] for e in history], values, color=colour, marker=marker, markersize=4, linestyle=style, label=label)
+        ax.set(title=name, xlabel="step", ylabel=name)
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_yscale("log")
+    for ax in axes.flat[1:]:
+        ax.set_ylim(0, None)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
+
+
 def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test accuracy under one protocol") -> Figure:
     """Bars for each row of a `Comparison`, one group for each way of reading the tokens."""
     groups = (("mean", "mean-pooled tokens"), ("grid", "tokens on a 4 x 4 grid"), ("knn", "k-NN"))
@@ -120,6 +150,39 @@ def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test acc
     ax.set_xticks(range(len(groups)), [name for _, name in groups])
     ax.set(ylabel="accuracy, %", ylim=(0, 100), title=title)
     ax.legend(ncols=len(rows), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    plt.close(fig)
+    return fig
+
+
+def plot_bands(x_values: Sequence[float], curves: dict[str, Tensor], *, x: str, y: str, title: str = "") -> Figure:
+    """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten."""
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (name, values), colour, marker, style in zip(curves.items(), PALETTE, "os^Dv*P", ("-", "--", ":", "-.") * 2, strict=False):
+        values = torch.as_tensor(values).float()
+        ax.fill_between(x_values, values.amin(0), values.amax(0), color=colour, alpha=0.18, linewidth=0)
+        ax.plot(x_values, values.mean(0), color=colour, marker=marker, linestyle=style, label=name)
+    ax.set_xscale("log")
+    ax.set_xticks(x_values, [f"{v:g}" for v in x_values])
+    ax.minorticks_off()
+    ax.set(xlabel=x, ylabel=y, title=title)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    plt.close(fig)
+    return fig
+
+
+def plot_confusion(counts: Tensor, classes: Sequence[str], *, title: str = "What is taken for what") -> Figure:
+    """How many images of each class (rows) were given each class (columns), (C, C), as shares of the row; the counts stand in the cells."""
+    shares = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)
+    fig, ax = plt.subplots(figsize=(0.62 * len(classes) + 1.8, 0.55 * len(classes) + 1.2), layout="constrained")
+    drawn = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    for (row, col), share in zip(np.ndindex(*shares.shape), shares.flatten().tolist(), strict=True):
+        if counts[row, col]:
+            ax.text(col, row, int(counts[row, col]), ha="center", va="center", fontsize=8, color="white" if share < 0.5 else "black")
+    ax.set_xticks(range(len(classes)), classes, rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(classes)), classes)
+    ax.set(xlabel="predicted", ylabel="true", title=title)
+    fig.colorbar(drawn, ax=ax, shrink=0.8, label="share of the true class", format=PercentFormatter(1.0, decimals=0))
     plt.close(fig)
     return fig
 
@@ -169,12 +232,15 @@ def visualize_attention_scores(
 
 
 def plot_tsne_embeddings(points: Tensor, labels: Tensor, classes: Sequence[str], *, title: str = "t-SNE of the features") -> Figure:
-    """A scatter of points (N, 2), coloured by class."""
-    fig, ax = plt.subplots(figsize=(6.5, 5), layout="constrained")
-    colours = ListedColormap(PALETTE)
-    ax.scatter(points[:, 0], points[:, 1], c=labels % len(PALETTE), cmap=colours, vmin=-0.5, vmax=len(PALETTE) - 0.5, s=6, linewidths=0)
-    handles = [Patch(color=PALETTE[i % len(PALETTE)], label=name) for i, name in enumerate(classes)]
-    ax.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    """A scatter of points (N, 2): each class (N,) has a colour, a marker, and its name at the median of its points."""
+    fig, ax = plt.subplots(figsize=(7.2, 5.4), layout="constrained")
+    for i, name in enumerate(classes):
+        own = points[labels == i]
+        if len(own):
+            ax.scatter(own[:, 0], own[:, 1], color=PALETTE[i % len(PALETTE)], marker="os^Dv*PX<>"[i % 10], s=14, linewidths=0, label=name)
+            outline = [withStroke(linewidth=2.5, foreground="white")]  # readable on any point
+            ax.text(*own.median(0).values.tolist(), name, fontsize=8, ha="center", va="center", path_effects=outline, zorder=3)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     ax.set(xlabel="t-SNE 1", ylabel="t-SNE 2", title=title)
     plt.close(fig)
     return fig
