@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def executed(tmp_path_factory):
             mock = cell.metadata["nbmake"]["mock"] | {"output_dir": str(tmp_path_factory.mktemp(path.stem))}
             cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in mock.items())
             notebook.cells = solved(notebook)
-            NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+            client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+            # Threads gain nothing at these sizes, and on a busy machine they wait for one another.
+            client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
             done[path] = notebook
         return done[path]
 
