@@ -287,7 +287,7 @@ def test_recorded_attention(model, images, encoder):
     model.enable_attention_recording(True)
     during = model.encode(images, encoder)
     recorded = model.get_recorded_attentions(encoder)
-    assert torch.equal(before, during)
+    torch.testing.assert_close(during, before, rtol=1e-4, atol=1e-5)  # in float32 by another kernel
     assert [tuple(weights.shape) for weights in recorded] == [(B, HEADS, 36, 36)] * DEPTH
     for weights in recorded:
         assert weights.dtype == torch.float32 and not weights.requires_grad
