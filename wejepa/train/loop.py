@@ -328,7 +328,7 @@ def encode_images(model: IJEPA_base, source, index: Tensor, cfg: IJepaConfig, en
         with autocast(device, cfg.hardware.mixed_precision):
             return model.encode(images.to(device), encoder=encoder)
 
-    with naming_dead_workers(cfg.data.num_workers):
+    with freed_memory_kept(), naming_dead_workers(cfg.data.num_workers):
         return extract_tokens(encode, source.batches(index, cfg.data.eval_batch_size))
 
 

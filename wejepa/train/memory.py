@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 __all__ = ["freed_memory_kept"]
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # glibc's names for mallopt, M_TRIM_THRESHOLD and M_MMAP_MAX
-DEFAULTS = {TRIM_THRESHOLD: 128 * 1024, MMAP_MAX: 65536}
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's M_TRIM_THRESHOLD and so on
+# glibc begins with 128 KiB and raises its thresholds by itself up to here, but no longer once one was set: so leave them at the top.
+AFTERWARDS = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20}
+_open = 0  # how many are within one another
 
 
 @contextlib.contextmanager
@@ -24,11 +26,16 @@ def freed_memory_kept() -> Iterator[None]:
     if not hasattr(libc, "mallopt"):
         yield
         return
-    libc.mallopt(TRIM_THRESHOLD, -1)
-    libc.mallopt(MMAP_MAX, 0)
+    global _open
+    if not _open:
+        libc.mallopt(TRIM_THRESHOLD, -1)
+        libc.mallopt(MMAP_MAX, 0)
+    _open += 1
     try:
         yield
     finally:
-        for name, value in DEFAULTS.items():
-            libc.mallopt(name, value)
-        libc.malloc_trim(0)
+        _open -= 1
+        if not _open:
+            for name, value in AFTERWARDS.items():
+                libc.mallopt(name, value)
+            libc.malloc_trim(0)
