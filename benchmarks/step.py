@@ -74,6 +74,8 @@ def arithmetic(cfg: IJepaConfig) -> int:
     student = context * patch + transformer(context, m.embed_dim, m.enc_depth)
     teacher = patches * patch + transformer(patches, m.embed_dim, m.enc_depth)
     predictor = (context + asked) * m.embed_dim * m.pred_dim + transformer(context + asked, m.pred_dim, m.pred_depth)
+    # The last block gives no answer to the context: neither queries, projections, perceptron, nor rows of the attention.
+    predictor -= int(context * ((2 + 2 * m.mlp_ratio) * m.pred_dim**2 + 2 * (context + asked) * m.pred_dim))
     return 2 * cfg.data.train_batch_size * (3 * student + teacher + 3 * predictor)  # a product and a sum each
 
 

@@ -35,21 +35,23 @@ class Attention(nn.Module):
         self.record = False
         self.recorded: Tensor | None = None  # (B, heads, N, N)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
+        """Tokens (B, N, D) attend to one another; the first `skip` are attended to, but get no answer: (B, N - skip, D)."""
         b, n, d = x.shape
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, d)
         if self.record or (x.device.type == "cpu" and qkv.dtype == torch.bfloat16):
             # PyTorch's fused bfloat16 attention is several times slower backwards on a CPU than these three lines of the textbook.
             q, k, v = qkv.contiguous()  # one copy here, or each product below makes its own
-            weights = (q * (d // self.num_heads) ** -0.5) @ k.transpose(-2, -1)
+            weights = (q[:, :, skip:] * (d // self.num_heads) ** -0.5) @ k.transpose(-2, -1)
             # In bfloat16 the softmax of rows under 64 keys is not vectorised, and costs up to three times as much as in float32.
             weights = (weights.float() if n < 64 else weights).softmax(dim=-1)
             if self.record:
                 self.recorded = weights.detach().float()
             out = weights.to(v.dtype) @ v
         else:
-            out = F.scaled_dot_product_attention(*qkv)
-        return self.proj(out.transpose(1, 2).reshape(b, n, d))
+            q, k, v = qkv
+            out = F.scaled_dot_product_attention(q[:, :, skip:], k, v)
+        return self.proj(out.transpose(1, 2).reshape(b, n - skip, d))
 
 
 class Block(nn.Module):
@@ -62,8 +64,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:  # (B, N, D) -> (B, N - skip, D)
+        x = x[:, skip:] + self.attn(self.norm1(x), skip)
         return x + self.mlp(self.norm2(x))
 
 
@@ -127,9 +129,11 @@ class Predictor(nn.Module):
         seen = self.embed(context) + F.embedding(masks.context, positions)  # (B, Nc, P)
         asked = self.mask_token + F.embedding(masks.targets.flatten(1), positions)  # (B, M * Nt, P)
         x = torch.cat([seen, asked], dim=1)
-        for block in self.blocks:
+        *first, last = self.blocks
+        for block in first:
             x = block(x)
-        return self.proj(self.norm(x[:, context.shape[1] :])).view(*masks.targets.shape, -1)
+        x = last(x, skip=context.shape[1])  # nobody asks what becomes of the context's tokens
+        return self.proj(self.norm(x)).view(*masks.targets.shape, -1)
 
 
 def init_transformer(module: nn.Module) -> None:
