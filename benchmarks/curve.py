@@ -121,10 +121,10 @@ def main() -> None:
     title = f"Probe accuracy over seconds of pretraining, {len(args.seeds)} seeds, {args.threads} thread(s), {args.clock} time"
     tell(title, ["", "epoch", "seconds", "mean-pooled tokens, %"], rows, curves, args)
     old, new = averaged(curves["before"]), averaged(curves["now"])
-    reached = seconds_to(new, old[-1]["mean"])
-    factor = old[-1]["seconds"] / new[-1]["seconds"]
-    print(f"\nThe same epochs: {factor:.2f} times as fast. To the accuracy before ({100 * old[-1]['mean']:.1f} %): "
-          f"{old[-1]['seconds']:.0f} s before, {reached:.0f} s now, a factor of {old[-1]['seconds'] / reached:.2f}")  # fmt: skip
+    reached, before = seconds_to(new, old[-1]["mean"]), old[-1]["seconds"]
+    print(f"\nThe same epochs: {before / new[-1]['seconds']:.2f} times as fast")
+    wanted = f"{100 * old[-1]['mean']:.1f} %, where it ended before after {before:.0f} s"
+    print(f"{wanted}: now after {reached:.0f} s, {before / reached:.2f} times as fast" if reached > 0 else f"{wanted}: not reached now")
 
 
 if __name__ == "__main__":
