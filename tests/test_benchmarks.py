@@ -1,10 +1,21 @@
-"""The tables that the benchmarks print."""
+"""What the benchmarks reckon with, and the tables that they print."""
 
+import argparse
+import importlib.util
 import json
 
 import pytest
+import torch
 
+from benchmarks.against_peers import make_transformers_encoder, peer
+from benchmarks.curve import averaged, seconds_to
 from benchmarks.learning import merge, table
+from benchmarks.scaling import exponent
+from benchmarks.step import arithmetic, configuration
+from benchmarks.timing import Contender, Times, in_turn, milliseconds, ratio, tell
+from wejepa.masking import sample_block_masks
+from wejepa.model import IJEPA_base
+from wejepa.train.distributed import IJepaLoss
 
 
 def write(path, tested, **rows):
@@ -31,3 +42,73 @@ def test_runs_on_other_test_images_are_not_joined(tmp_path):
     files = [write(tmp_path / f"{n}.json", n, pixels=[scores(0.3, 0.8, 0.7)]) for n in (100, 200)]
     with pytest.raises(SystemExit, match="different images"):
         merge(files)
+
+
+def make_counter(start):
+    calls = [start]
+    return lambda: calls.append(0)
+
+
+def test_contenders_take_turns_in_processes_of_their_own():
+    times = in_turn([Contender("one", make_counter, (0,)), Contender("two", make_counter, (1,))], repeats=3, warmup=1)
+    assert [len(t.seconds) for t in times.values()] == [3, 3] and list(times) == ["one", "two"]
+    assert all(s >= 0 for t in times.values() for s in t.seconds)
+
+
+def test_processor_time_is_for_one_thread():
+    with pytest.raises(SystemExit, match="--threads 1"):
+        in_turn([Contender("two", make_counter, (0,), threads=2)], repeats=1, clock="cpu")
+
+
+def test_median_spread_and_ratio():
+    slow, fast = Times([4.0, 2.0, 9.0]), Times([2.0, 2.0, 3.0])
+    assert slow.median == 4.0 and slow.spread == (2.0, 9.0) and ratio(slow, fast) == 2.0
+    assert milliseconds(fast) == ["2000", "2000 to 3000"]
+
+
+def test_figures_are_told_as_a_table_and_as_json(tmp_path, capsys):
+    args = argparse.Namespace(json=tmp_path / "figures.json", repeats=3)
+    tell("One", ["", "ms"], [["a", "1"]], {"a": 1}, args)
+    tell("Two", ["", "ms"], [["b", "2"]], {"b": 2}, args)
+    assert "One\n\n|  | ms |\n|---|---:|\n| a | 1 |" in capsys.readouterr().out
+    found = json.loads(args.json.read_text())
+    assert found["One"]["figures"] == {"a": 1} and found["Two"]["options"] == {"repeats": 3} and found["Two"]["machine"]["cores"]
+
+
+def test_the_arithmetic_of_a_step_is_that_of_its_matrix_products():
+    """As PyTorch counts those of a bfloat16 step, but for the queries of the predictor's last block that nobody needs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = configuration("32 x 32", bfloat16=False)
+    cfg.data.train_batch_size = 2
+    torch.manual_seed(0)
+    loss, images = IJepaLoss(IJEPA_base(cfg)), torch.randn(2, 3, 32, 32)
+    masks = sample_block_masks(2, cfg.grid_size, cfg.mask, torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        with torch.autocast("cpu", torch.bfloat16):  # in which attention is plain products, which it counts
+            value = loss(images, masks)
+        value.backward()
+    assert abs(counter.get_total_flops() / arithmetic(cfg) - 1) < 0.02
+
+
+def test_the_exponent_of_growth():
+    assert exponent((32, 64, 128), [1.0, 2.0, 4.0]) == pytest.approx(1)
+    assert exponent((2, 4), [1.0, 4.0]) == pytest.approx(2)
+
+
+def test_when_a_curve_reaches_an_accuracy():
+    curve = [{"seconds": 10.0, "mean": 0.5}, {"seconds": 20.0, "mean": 0.7}]
+    assert seconds_to(curve, 0.6) == pytest.approx(15) and seconds_to(curve, 0.4) == 10
+    assert seconds_to(curve, 0.8) != seconds_to(curve, 0.8)  # not a number
+    assert averaged([curve, [{"seconds": 20.0, "mean": 0.7}] * 2])[0] == pytest.approx({"seconds": 15.0, "mean": 0.6})
+
+
+def test_a_peer_that_is_absent_is_left_out(capsys):
+    assert not peer("no_such_package_anywhere") and "benchmarks" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_transformers_encoder_gets_our_weights():
+    cfg = configuration("32 x 32", bfloat16=False)
+    cfg.data.train_batch_size, cfg.model.enc_depth = 2, 2
+    make_transformers_encoder(cfg, tolerance=1e-5)()  # refuses what differs

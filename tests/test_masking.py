@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from wejepa.config import MaskConfig
 from wejepa.errors import ConfigError
-from wejepa.masking import Masks, sample_block_masks
+from wejepa.masking import Masks, _largest, sample_block_masks
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 GRID = (8, 8)
@@ -273,3 +273,11 @@ def test_the_context_block_confines_the_context():
 def test_masks_move_together():
     masks = sample_block_masks(2, GRID, blocks_config(), seeded()).to("meta")
     assert masks.context.device.type == masks.targets.device.type == "meta"
+
+
+def test_the_largest_of_each_row_also_where_numbers_are_equal():
+    values = torch.rand(50, 20, generator=torch.Generator().manual_seed(0))
+    by_sorting = values.argsort(1, descending=True)[:, :7].sort(1).values
+    assert torch.equal(_largest(values, 7), by_sorting)
+    equal = _largest(torch.tensor([[3.0, 1.0, 2.0, 2.0], [0.0, 5.0, 4.0, 1.0]]), 2)
+    assert equal[0, 0] == 0 and equal[0, 1] in (2, 3) and equal[1].tolist() == [1, 2]

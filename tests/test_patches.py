@@ -95,3 +95,11 @@ def test_take_picks_tokens_of_each_image():
     tokens = torch.arange(2 * 5 * 3.0).view(2, 5, 3)
     picked = take(tokens, torch.tensor([[0, 4], [3, 1]]))
     assert torch.equal(picked, torch.stack([tokens[0, [0, 4]], tokens[1, [3, 1]]]))
+
+
+def test_kept_patches_are_those_of_the_whole_image():
+    """Also where the channels are one in memory, as of a grey image in colour."""
+    torch.manual_seed(0)
+    embed, images = PatchEmbed(4, 3, 8), torch.randn(2, 1, 12, 16).expand(-1, 3, -1, -1)
+    keep = torch.tensor([[0, 5, 11], [7, 2, 3]])
+    torch.testing.assert_close(embed(images, keep), take(embed(images), keep), rtol=1e-4, atol=1e-5)

@@ -19,8 +19,6 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     """
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum = {momentum}: give a number from 0 (copy the student) to 1 (stand still)")
-    teacher_params, student_params = list(teacher.parameters()), list(student.parameters())
-    torch._foreach_mul_(teacher_params, momentum)
-    torch._foreach_add_(teacher_params, student_params, alpha=1 - momentum)
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)  # one pass over the weights
     for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
         mine.copy_(theirs)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,11 +82,20 @@ def sample_block_masks(batch_size: int, grid_size: tuple[int, int], cfg: MaskCon
     # Context: a random order of the free patches, those inside the context block first; the first Nc are kept.
     high, wide = _block_shape(grid_size, cfg.context_scale, cfg.context_aspect_ratio, generator, patches)
     top, left = _corners((batch_size, 1), grid_size, (high, wide), generator)
-    row, col = torch.arange(patches) // cols, torch.arange(patches) % cols
-    inside = (row >= top) & (row < top + high) & (col >= left) & (col < left + wide)  # (B, N)
-    rank = torch.rand(batch_size, patches, generator=generator) + inside.float() - 2 * covered.float()
-    context = rank.topk(context_size, dim=1, sorted=False).indices.sort(dim=1).values
-    return Masks(context, targets)
+    row, col = torch.arange(grid_size[0]), torch.arange(cols)
+    rows, columns = (row >= top) & (row < top + high), (col >= left) & (col < left + wide)  # (B, H) and (B, W)
+    inside = (rows[:, :, None] & columns[:, None]).flatten(1)  # (B, N)
+    rank = torch.rand(batch_size, patches, generator=generator).add_(inside).masked_fill_(covered, -1)
+    return Masks(_largest(rank, context_size), targets)
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Where the largest `count` of each row (B, N) are: indices (B, count), ascending."""
+    least = np.partition(values.numpy(), -count, axis=1)[:, -count, None]  # a third of the time of topk and sort
+    kept = values >= torch.from_numpy(least)
+    if kept.sum() > count * len(values):  # some row has another number equal to its least
+        return values.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+    return kept.flatten().nonzero().view(-1, count) - values.shape[1] * torch.arange(len(values))[:, None]
 
 
 def _block_shape(grid_size, scale, aspect_ratio, generator, room: int) -> tuple[int, int]:

@@ -35,20 +35,23 @@ class Attention(nn.Module):
         self.record = False
         self.recorded: Tensor | None = None  # (B, heads, N, N)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:
+        """Tokens (B, N, D) attend to one another; the first `skip` are attended to, but get no answer: (B, N - skip, D)."""
         b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
-        if x.is_cuda and not self.record:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            # On a CPU the fused kernel is slow backwards at these lengths, so the textbook's three lines are the fast ones.
-            weights = (q * (d // self.num_heads) ** -0.5) @ k.transpose(-2, -1)
-            # Rows under 32 keys fall off the vectorised bfloat16 softmax and cost several times as much as in float32.
-            weights = (weights.float() if n < 32 else weights).softmax(dim=-1)
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, d)
+        if self.record or (x.device.type == "cpu" and qkv.dtype == torch.bfloat16):
+            # PyTorch's fused bfloat16 attention is several times slower backwards on a CPU than these three lines of the textbook.
+            q, k, v = qkv.contiguous()  # one copy here, or each product below makes its own
+            weights = (q[:, :, skip:] * (d // self.num_heads) ** -0.5) @ k.transpose(-2, -1)
+            # In bfloat16 the softmax of rows under 64 keys is not vectorised, and costs up to three times as much as in float32.
+            weights = (weights.float() if n < 64 else weights).softmax(dim=-1)
             if self.record:
                 self.recorded = weights.detach().float()
             out = weights.to(v.dtype) @ v
-        return self.proj(out.transpose(1, 2).reshape(b, n, d))
+        else:
+            q, k, v = qkv
+            out = F.scaled_dot_product_attention(q[:, :, skip:], k, v)
+        return self.proj(out.transpose(1, 2).reshape(b, n - skip, d))
 
 
 class Block(nn.Module):
@@ -61,8 +64,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, skip: int = 0) -> Tensor:  # (B, N, D) -> (B, N - skip, D)
+        x = x[:, skip:] + self.attn(self.norm1(x), skip)
         return x + self.mlp(self.norm2(x))
 
 
@@ -82,9 +85,8 @@ class Encoder(nn.Module):
 
     def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Patch tokens with their positions, before any block: (B, N, D), or (B, K, D) for kept indices (B, K)."""
-        x = self.patch_embed(images)
-        x = x + resize_positions(self.pos_embed, self.grid_size, self.patch_embed.grid_size(images))
-        return x if keep is None else take(x, keep)
+        positions = resize_positions(self.pos_embed, self.grid_size, self.patch_embed.grid_size(images))
+        return self.patch_embed(images, keep) + (positions if keep is None else F.embedding(keep, positions[0]))
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, C, height, width) -> (B, N, D); with `keep` (B, K) only those patches enter the blocks: (B, K, D)."""
@@ -123,14 +125,15 @@ class Predictor(nn.Module):
         Returns:
             (B, M, Nt, D).
         """
-        (b, nc, _), asked_shape = context.shape, masks.targets.shape
-        positions = resize_positions(self.pos_embed, self.grid_size, grid_size or self.grid_size).expand(b, -1, -1)
-        seen = self.embed(context) + take(positions, masks.context)  # (B, Nc, P)
-        asked = self.mask_token + take(positions, masks.targets.flatten(1))  # (B, M * Nt, P)
+        positions = resize_positions(self.pos_embed, self.grid_size, grid_size or self.grid_size)[0]  # (N, P)
+        seen = self.embed(context) + F.embedding(masks.context, positions)  # (B, Nc, P)
+        asked = self.mask_token + F.embedding(masks.targets.flatten(1), positions)  # (B, M * Nt, P)
         x = torch.cat([seen, asked], dim=1)
-        for block in self.blocks:
+        *first, last = self.blocks
+        for block in first:
             x = block(x)
-        return self.proj(self.norm(x[:, nc:])).view(*asked_shape, -1)
+        x = last(x, skip=context.shape[1])  # nobody asks what becomes of the context's tokens
+        return self.proj(self.norm(x)).view(*masks.targets.shape, -1)
 
 
 def init_transformer(module: nn.Module) -> None:

@@ -26,6 +26,7 @@ from wejepa.errors import ConfigError, DataError, WejepaError
 from wejepa.model import Encoder, IJEPA_base
 from wejepa.train.checkpoints import load_model
 from wejepa.train.loop import autocast, encode_images, parameter_groups
+from wejepa.train.memory import freed_memory_kept
 from wejepa.train.schedules import cosine
 
 __all__ = ["Comparison", "FinetuneConfig", "Judge", "ProbeResult", "compare_pretrained_vs_scratch", "fit_probe", "train_linear_probe"]
@@ -200,6 +201,7 @@ def untrained(cfg: IJepaConfig) -> IJEPA_base:
     return IJEPA_base.from_config(cfg).eval()
 
 
+@freed_memory_kept()
 def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: FinetuneConfig) -> IJEPA_base:
     """A model whose encoders were trained from scratch with labels: mean-pooled tokens, a linear layer, cross-entropy.
 

@@ -21,6 +21,7 @@ from wejepa.model import IJEPA_base
 from wejepa.train.checkpoints import LOG, CheckpointFolder, check_tensors, load_checkpoint
 from wejepa.train.distributed import IJepaLoss, Ranks, shard, spread_like, whole
 from wejepa.train.interruption import Interruption, RunInterrupted
+from wejepa.train.memory import freed_memory_kept
 from wejepa.train.schedules import Schedule
 
 MONITORED = (1000, 500)  # training images that the epoch's k-NN votes with, and other training images that it classifies
@@ -140,7 +141,7 @@ class Pretraining:
         """
         last, self._saved_at = self.cfg.optimizer.epochs * self.steps_per_epoch, time.monotonic()
         # A worker's death is noticed wherever the main process happens to be, so both guards are around everything.
-        with Interruption() as interruption, naming_dead_workers(self.cfg.data.num_workers):
+        with Interruption() as interruption, freed_memory_kept(), naming_dead_workers(self.cfg.data.num_workers):
             while self.step < last:
                 self._epoch(interruption, report)
         if self.ranks.from_first(not self.checkpoints.latest.exists()):  # a finished run was resumed into another folder
@@ -327,7 +328,7 @@ def encode_images(model: IJEPA_base, source, index: Tensor, cfg: IJepaConfig, en
         with autocast(device, cfg.hardware.mixed_precision):
             return model.encode(images.to(device), encoder=encoder)
 
-    with naming_dead_workers(cfg.data.num_workers):
+    with freed_memory_kept(), naming_dead_workers(cfg.data.num_workers):
         return extract_tokens(encode, source.batches(index, cfg.data.eval_batch_size))
 
 

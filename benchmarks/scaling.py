@@ -1,0 +1,116 @@
+"""How a step's cost grows: with the batch, the depth, the tokens, the width; and what a second process brings.
+
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --only ranks
+
+Starts from the 32 x 32 configuration of `benchmarks.step`, with batches of 32, and changes one thing at a time. *Exponent*: 1 where twice
+the size takes twice the time. Ranks: one process with two threads beside two processes with one thread each, started by turns, on the same
+whole batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+from benchmarks.step import CONFIGURATIONS, configuration, images_of, make_step
+from benchmarks.timing import Contender, Times, in_turn, milliseconds, parser, plain, ratio, tell
+from wejepa.config import IJepaConfig
+
+SIZES = {"batch": (32, 64, 128), "depth": (3, 6, 12), "tokens": (64, 144, 256), "width": (96, 192, 384)}
+MARK = "seconds of each step: "
+
+
+def sized(what: str, size: int) -> IJepaConfig:
+    """The 32 x 32 configuration with one size changed; batches of 32 unless it is the batch."""
+    cfg = configuration(CONFIGURATIONS[0])
+    cfg.data.train_batch_size = size if what == "batch" else 32
+    if what == "depth":
+        cfg.model.enc_depth = size
+    elif what == "width":
+        cfg.model.embed_dim, cfg.model.pred_dim = size, size // 2
+    elif what == "tokens":
+        cfg.model.img_size = 4 * math.isqrt(size)
+    return cfg
+
+
+def exponent(sizes: tuple[int, ...], seconds: list[float]) -> float:
+    """The power of the size with which the time grows, from the smallest to the largest."""
+    return math.log(seconds[-1] / seconds[0]) / math.log(sizes[-1] / sizes[0])
+
+
+def growth(what: str, args) -> None:
+    contenders = [Contender(str(size), make_step, (sized(what, size),), args.threads) for size in SIZES[what]]
+    times = in_turn(contenders, args.repeats, clock=args.clock)
+    power = exponent(SIZES[what], [t.median for t in times.values()])
+    rows = [[size, *milliseconds(t), f"{t.memory / 2**20:.0f}"] for size, t in times.items()]
+    title = f"Cost against {what}, {args.threads} thread(s), {args.clock} time: exponent {power:.2f}"
+    tell(title, [what, "median, ms", "10 to 90 %, ms", "memory, MiB"], rows, plain(times) | {"exponent": power}, args)
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def rank_work(name: str, steps: int) -> None:
+    """As a process of a run, or alone: takes steps and, as the first, prints their times."""
+    from wejepa.train.loop import Pretraining
+    from wejepa.train.memory import freed_memory_kept
+
+    with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
+        cfg = configuration(name)
+        cfg.hardware.output_dir = folder
+        run = Pretraining(cfg)
+        images, seconds = images_of(cfg).chunk(run.ranks.world)[run.ranks.rank], []
+        for _ in range(steps + 2):
+            run.ranks.sum(0)  # together
+            start = time.perf_counter()
+            run.train_step(images)
+            run.ranks.sum(0)
+            seconds.append(time.perf_counter() - start)
+        if run.ranks.first:
+            print(MARK + json.dumps(seconds[2:]), flush=True)
+        run.ranks.leave()
+
+
+def started(ranks: int, name: str, steps: int) -> list[float]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    threads = os.environ | {"OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
+    call = [sys.executable, *launcher, "-m", "benchmarks.scaling", "--work", name, str(steps)]
+    printed = subprocess.run(call, env=threads, check=True, capture_output=True, text=True).stdout
+    return json.loads(next(line for line in printed.splitlines() if line.startswith(MARK)).removeprefix(MARK))
+
+
+def ranks(args) -> None:
+    for name in CONFIGURATIONS:
+        times = {"one process, two threads": Times(), "two processes, one thread each": Times()}
+        for _ in range(3):
+            for (_, taken), count in zip(times.items(), (1, 2), strict=True):
+                taken.seconds.append(statistics.median(started(count, name, max(3, args.repeats // 3))))
+        one = times["one process, two threads"]
+        rows = [[kind, *milliseconds(t), f"{ratio(one, t):.2f}"] for kind, t in times.items()]
+        head = ["", "median, ms", "lowest to highest, ms", "throughput"]
+        tell(f"Ranks at {name}, three starts each, wall time", head, rows, plain(times), args)
+
+
+def main() -> None:
+    options = parser(__doc__, repeats=9)
+    options.add_argument("--only", choices=[*SIZES, "ranks"], nargs="+", default=[*SIZES, "ranks"])
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    for what in args.only:
+        ranks(args) if what == "ranks" else growth(what, args)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        rank_work(sys.argv[2], int(sys.argv[3]))
+    else:
+        main()

@@ -1,0 +1,153 @@
+"""A whole training step: masks, forward, backward, clipping, optimizer, teacher. What it costs, and what the processor could do.
+
+    python -m benchmarks.step                  # both configurations, in float32 and bfloat16
+    python -m benchmarks.step --compiled       # torch.compile as well, and when it pays
+    python -m benchmarks.step --profile        # where the time of a bfloat16 step goes
+
+The share is of the rate of bfloat16 products of 1024 x 1024 matrices in the same run, and counts only the arithmetic that the model needs:
+products of the student on its context, of the teacher on all patches, of the predictor on context and targets; twice that again for the
+backward pass of what is trained. Norms, softmax, activations, masks and updates count as nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.timing import Contender, in_turn, matrix_products, milliseconds, parser, plain, product_arithmetic, ratio, tell
+from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig
+from wejepa.masking import sample_block_masks
+from wejepa.train.loop import Pretraining
+from wejepa.train.memory import freed_memory_kept
+
+CONFIGURATIONS = ("32 x 32", "224 x 224")
+
+
+def configuration(name: str, bfloat16: bool = True, compiled: bool = False) -> IJepaConfig:
+    """The two that are measured; targets of one shape, so that each step does the same work.
+
+    32 x 32 has patches of 4, width 192, depth 6, a predictor of 96 x 4, batches of 128, 10 context patches and 4 targets of 12;
+    224 x 224 has patches of 16, width 384, depth 12, a predictor of 192 x 6, batches of 16, 65 context patches and 4 targets of 36.
+    """
+    if name == "32 x 32":
+        model = ModelConfig(img_size=32, patch_size=4, embed_dim=192, enc_depth=6, pred_dim=96, pred_depth=4, num_heads=6)
+        mask = MaskConfig(target_scale=(12 / 64, 12 / 64), target_aspect_ratio=(0.75, 0.75), context_share=10 / 64)
+        batch = 128
+    else:
+        model = ModelConfig(img_size=224, patch_size=16, embed_dim=384, enc_depth=12, pred_dim=192, pred_depth=6, num_heads=6)
+        mask = MaskConfig(target_scale=(36 / 196, 36 / 196), target_aspect_ratio=(1.0, 1.0))
+        batch = 16
+    data = DataConfig(use_fake_data=True, fake_data_size=2 * batch, train_batch_size=batch)
+    hardware = HardwareConfig(device="cpu", mixed_precision=bfloat16, compile_model=compiled, output_dir="outputs/benchmark")
+    return IJepaConfig(data=data, mask=mask, model=model, hardware=hardware)
+
+
+def images_of(cfg: IJepaConfig) -> torch.Tensor:
+    return torch.randn(cfg.data.train_batch_size, cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
+
+
+def make_step(cfg: IJepaConfig) -> Callable[[], Any]:
+    """The package's own step, as `Pretraining.run` takes it."""
+    kept, run, images = freed_memory_kept(), Pretraining(cfg), images_of(cfg)
+    kept.__enter__()
+
+    def step(kept=kept) -> float:  # which lasts as long as the function
+        return run.train_step(images)
+
+    return step
+
+
+def arithmetic(cfg: IJepaConfig) -> int:
+    """Floating-point operations that one step needs."""
+    m, grid = cfg.model, cfg.grid_size
+    patches, context = grid[0] * grid[1], cfg.mask.num_context_patches(grid)
+    asked = sample_block_masks(2, grid, cfg.mask, torch.Generator().manual_seed(0)).targets[0].numel()
+
+    def transformer(tokens: int, width: int, depth: int) -> int:
+        a_token = (4 + 2 * m.mlp_ratio) * width**2 + 2 * tokens * width  # its six matrices; products with all keys and values
+        return int(tokens * depth * a_token)
+
+    patch = m.in_chans * m.patch_size**2 * m.embed_dim
+    student = context * patch + transformer(context, m.embed_dim, m.enc_depth)
+    teacher = patches * patch + transformer(patches, m.embed_dim, m.enc_depth)
+    predictor = (context + asked) * m.embed_dim * m.pred_dim + transformer(context + asked, m.pred_dim, m.pred_depth)
+    # The last block gives no answer to the context: neither queries, projections, perceptron, nor rows of the attention.
+    predictor -= int(context * ((2 + 2 * m.mlp_ratio) * m.pred_dim**2 + 2 * (context + asked) * m.pred_dim))
+    return 2 * cfg.data.train_batch_size * (3 * student + teacher + 3 * predictor)  # a product and a sum each
+
+
+def profile(cfg: IJepaConfig, steps: int = 5, rows: int = 14) -> list[tuple[str, float]]:
+    """The share of the time that each kind of operation takes by itself, the largest first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    step = make_step(cfg)
+    for _ in range(3):
+        step()
+    with record(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(steps):
+            step()
+    spent = {event.key: event.self_cpu_time_total for event in recorded.key_averages()}
+    total = sum(spent.values())
+    ordered = sorted(((name.removeprefix("aten::"), time / total) for name, time in spent.items()), key=lambda pair: -pair[1])
+    return [*ordered[:rows], ("all others", sum(share for _, share in ordered[rows:]))]
+
+
+def compile_seconds(cfg: IJepaConfig) -> float:
+    """What the first two steps take, in which it compiles."""
+    step, start = make_step(cfg), time.perf_counter()
+    for _ in range(2):
+        step()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--only", choices=CONFIGURATIONS, nargs="+", default=CONFIGURATIONS)
+    options.add_argument("--compiled", action="store_true", help="torch.compile as well")
+    options.add_argument("--profile", action="store_true", help="print a profile instead")
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    for name in args.only:
+        if args.profile:
+            shares = profile(configuration(name))
+            tell(
+                f"Profile of a bfloat16 step, {name}",
+                ["operation", "share, %"],
+                [[k, f"{100 * v:.1f}"] for k, v in shares],
+                dict(shares),
+                args,
+            )
+            continue
+        kinds = {"bfloat16": configuration(name), "float32": configuration(name, bfloat16=False)}
+        kinds |= {"bfloat16, compiled": configuration(name, compiled=True)} if args.compiled else {}
+        contenders = [Contender(kind, make_step, (cfg,), args.threads) for kind, cfg in kinds.items()]
+        contenders += [Contender(f"products, {kind}", matrix_products, (kind,), args.threads) for kind in ("bfloat16", "float32")]
+        times = in_turn(contenders, args.repeats, clock=args.clock)
+        rate = product_arithmetic() / times["products, bfloat16"].median
+        rows, figures = [], plain(times)
+        for kind, taken in times.items():
+            images, work = (
+                (configuration(name).data.train_batch_size, arithmetic(configuration(name))) if kind in kinds else (0, product_arithmetic())
+            )
+            reached = work / taken.median
+            figures[kind] |= {"gflops": reached / 1e9, "share": reached / rate}
+            cells = [f"{images / taken.median:.0f}" if images else "", f"{reached / 1e9:.0f}", f"{100 * reached / rate:.0f}"]
+            rows.append([kind, *milliseconds(taken), *cells, f"{taken.memory / 2**20:.0f}" if images else ""])
+        head = ["", "median, ms", "10 to 90 %, ms", "images/s", "GFLOP/s", "% of the bfloat16 products' rate", "memory, MiB"]
+        tell(f"A step at {name}, {args.threads} thread(s), {args.clock} time", head, rows, figures, args)
+        if args.compiled:
+            spent = compile_seconds(configuration(name, compiled=True))
+            saved = times["bfloat16"].median - times["bfloat16, compiled"].median
+            gain = ratio(times["bfloat16"], times["bfloat16, compiled"])
+            pays = f"pays after {spent / saved:.0f} steps" if saved > 0 else "never pays"
+            print(
+                f"\ntorch.compile: {gain:.2f} times as fast; the first two steps take {spent:.0f} s (less where its cache is warm): {pays}"
+            )
+
+
+if __name__ == "__main__":
+    main()
