@@ -10,7 +10,9 @@ __all__ = ["update_teacher"]
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters; buffers are copied.
+    """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters.
+
+    Buffers stay the teacher's: its batch statistics are of whole images, which it sees, the student's of masked ones.
 
     Args:
         teacher: moved in place.
@@ -22,5 +24,3 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     teacher_params, student_params = list(teacher.parameters()), list(student.parameters())
     torch._foreach_mul_(teacher_params, momentum)
     torch._foreach_add_(teacher_params, student_params, alpha=1 - momentum)
-    for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-        mine.copy_(theirs)

@@ -31,20 +31,29 @@ class PatchEmbed(nn.Module):
         Raises:
             ConfigError: the patch does not divide the image, or the channels are not the embedding's.
         """
-        channels, height, width = images.shape[-3:]
-        if channels != self.proj.in_channels:
-            raise ConfigError(f"the images have {channels} channels, model.in_chans is {self.proj.in_channels}: set it to {channels}")
-        if height % self.patch_size or width % self.patch_size:
-            raise ConfigError(
-                f"model.patch_size = {self.patch_size} does not divide an image of {height} x {width}: "
-                f"resize it to {height // self.patch_size * self.patch_size} x {width // self.patch_size * self.patch_size}"
-            )
-        return height // self.patch_size, width // self.patch_size
+        return token_grid(images, self.patch_size, self.proj.in_channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, height, width) -> (B, N, D), patches in raster order."""
         self.grid_size(images)
         return self.proj(images).flatten(2).transpose(1, 2)
+
+
+def token_grid(images: Tensor, patch_size: int, in_chans: int) -> tuple[int, int]:
+    """Patches down and across for images (B, C, height, width).
+
+    Raises:
+        ConfigError: the patch does not divide the image, or the channels are not those asked for.
+    """
+    channels, height, width = images.shape[-3:]
+    if channels != in_chans:
+        raise ConfigError(f"the images have {channels} channels, model.in_chans is {in_chans}: set it to {channels}")
+    if height % patch_size or width % patch_size:
+        raise ConfigError(
+            f"model.patch_size = {patch_size} does not divide an image of {height} x {width}: "
+            f"resize it to {height // patch_size * patch_size} x {width // patch_size * patch_size}"
+        )
+    return height // patch_size, width // patch_size
 
 
 def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

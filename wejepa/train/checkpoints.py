@@ -79,7 +79,7 @@ def load_model(path: str | Path) -> IJEPA_base:
     """
     state = load_checkpoint(path)
     try:
-        model = IJEPA_base.from_config(IJepaConfig.from_dict(state["config"]))
+        model = IJEPA_base.without_weights(IJepaConfig.from_dict(state["config"]))
         load_weights(model, state["model"], path)
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{path} does not fit this version of wejepa ({error}): take the version that wrote it") from error
@@ -89,7 +89,7 @@ def load_model(path: str | Path) -> IJEPA_base:
 def load_weights(model: IJEPA_base, weights: dict[str, Tensor], path: str | Path) -> None:
     """Load strictly, naming the first key that is missing, unexpected, of another shape or type, or not finite."""
     check_tensors(weights, model.state_dict(), path)
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
 
 
 def check_tensors(found: Any, expected: dict[str, Tensor], path: str | Path) -> None:

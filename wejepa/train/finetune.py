@@ -23,7 +23,7 @@ from wejepa.analysis.features import POOLINGS, knn_accuracy, pool_tokens
 from wejepa.config import IJepaConfig, Section, parse_value, setting
 from wejepa.data import generator_for, load_images, random_crops
 from wejepa.errors import ConfigError, DataError, WejepaError
-from wejepa.model import Encoder, IJEPA_base
+from wejepa.model import IJEPA_base
 from wejepa.train.checkpoints import load_model
 from wejepa.train.loop import autocast, encode_images, parameter_groups
 from wejepa.train.schedules import cosine
@@ -195,9 +195,16 @@ def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None 
 
 
 def untrained(cfg: IJepaConfig) -> IJEPA_base:
-    """The model of a config as its pretraining begins."""
+    """The model of a config as its pretraining begins, without any weights from elsewhere."""
     torch.manual_seed(cfg.hardware.seed)
-    return IJEPA_base.from_config(cfg).eval()
+    return IJEPA_base.from_config(from_scratch(cfg)).eval()
+
+
+def from_scratch(cfg: IJepaConfig) -> IJepaConfig:
+    """A copy of a config whose encoder starts at random and learns."""
+    cfg = cfg.copy()
+    cfg.model.classification_pretrained = cfg.model.classification_frozen = False
+    return cfg
 
 
 def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: FinetuneConfig) -> IJEPA_base:
@@ -206,8 +213,8 @@ def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: Finetune
     The images are augmented as in pretraining, the rate is pretraining's, warmed up for a tenth and lowered along a cosine.
     """
     torch.manual_seed(finetune.seed)
-    model = IJEPA_base.from_config(cfg)
-    encoder: Encoder = model.student_encoder
+    model = IJEPA_base.from_config(from_scratch(cfg))
+    encoder = model.student_encoder
     head = nn.Linear(encoder.embed_dim, len(source.classes))
     optimizer = torch.optim.AdamW([*parameter_groups(encoder), {"params": head.parameters(), "decays": False}], fused=True)
     for group in optimizer.param_groups:

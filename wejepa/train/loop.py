@@ -332,11 +332,11 @@ def encode_images(model: IJEPA_base, source, index: Tensor, cfg: IJepaConfig, en
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: matrices decay; biases, norms, positions and the mask token do not."""
+    """Trained parameters in two groups: matrices and kernels decay; biases, norms, scales, positions and the mask token do not."""
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[p.dim() > 1 and not name.endswith(("pos_embed", "mask_token"))].append(p)
+            groups[p.dim() > 1 and name.endswith("weight")].append(p)
     return [{"params": ps, "decays": decays} for decays, ps in groups.items()]
 
 
