@@ -166,6 +166,8 @@ class ModelConfig(Section):
     pred_dim: int = setting(64, "width of the predictor", low=4, high=16384)
     num_heads: int = setting(2, "attention heads, of the encoder and of the predictor", low=1, high=256)
     mlp_ratio: float = setting(4.0, "width of a block's hidden layer over its own width", low=0.1, high=16)
+    pred_mlp_ratio: float = setting(0.0, "the same in the predictor; 0 for the encoder's", low=0, high=16)
+    norm_eps: float = setting(1e-6, "what the encoder's layer norms add to the variance", low=0, high=0.1)
     classification_backbone: str | None = setting(None, "a torchvision classifier as encoder, or null for our own", optional=True)
     classification_pretrained: bool = setting(False, "start from torchvision's published weights")
     classification_frozen: bool = setting(False, "leave the encoder as it starts: the predictor alone learns")

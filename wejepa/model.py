@@ -113,7 +113,7 @@ class Predictor(nn.Module):
         self.embed = nn.Linear(m.embed_dim, m.pred_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, m.pred_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid_size[0] * self.grid_size[1], m.pred_dim))
-        self.blocks = nn.ModuleList(Block(m.pred_dim, m.num_heads, m.mlp_ratio) for _ in range(m.pred_depth))
+        self.blocks = nn.ModuleList(Block(m.pred_dim, m.num_heads, m.pred_mlp_ratio or m.mlp_ratio) for _ in range(m.pred_depth))
         self.norm = nn.LayerNorm(m.pred_dim, eps=1e-6)
         self.proj = nn.Linear(m.pred_dim, m.embed_dim)
         init_transformer(self)
@@ -187,6 +187,9 @@ class IJEPA_base(nn.Module):
             self.student_encoder = StageEncoder(cfg)
         else:
             self.student_encoder = Encoder(cfg)
+            for module in self.student_encoder.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = cfg.model.norm_eps
             if cfg.model.classification_pretrained:
                 load_torchvision_weights(self.student_encoder, cfg.model.classification_backbone)
         self.predictor = Predictor(cfg)

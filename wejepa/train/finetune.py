@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wejepa.analysis.features import POOLINGS, knn_accuracy, pool_tokens
 from wejepa.config import IJepaConfig, Section, parse_value, setting
 from wejepa.data import generator_for, load_images, random_crops
-from wejepa.errors import ConfigError, DataError, WejepaError
+from wejepa.errors import ConfigError, DataError, exit_code
 from wejepa.model import IJEPA_base
 from wejepa.train.checkpoints import load_model
 from wejepa.train.loop import autocast, encode_images, parameter_groups
@@ -313,7 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of FinetuneConfig; repeatable")
     parser.add_argument("--compare", action="store_true", help="beside a random encoder, raw pixels, and training with labels")
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         cfg = FinetuneConfig()
         for text in args.set:
             name, equals, raw = text.partition("=")
@@ -322,15 +323,11 @@ def main(argv: list[str] | None = None) -> int:
             setattr(cfg, name.strip(), parse_value(raw))
         if args.compare:
             print(compare_pretrained_vs_scratch(cfg).table())
-        else:
-            result = train_linear_probe(cfg)
-            print(
-                f"test accuracy {100 * result.accuracy:.2f} % ({cfg.pooling}; rate {result.learning_rate:g}, decay {result.weight_decay:g})"
-            )
-        return 0
-    except WejepaError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+            return
+        result = train_linear_probe(cfg)
+        print(f"test accuracy {100 * result.accuracy:.2f} % ({cfg.pooling}; rate {result.learning_rate:g}, decay {result.weight_decay:g})")
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

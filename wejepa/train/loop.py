@@ -281,6 +281,8 @@ class Pretraining:
     def _read(self, path: Path) -> dict[str, Any]:
         """The state in a checkpoint, after all of it has been checked against this run."""
         state = load_checkpoint(path)
+        if "source" in state:
+            raise CheckpointError(f"{path} holds weights alone, from {state['source']}: load_model reads it, no run goes on from it")
         self._check_settings(state.get("config"), path)
         check_tensors(state.get("model"), self.model.state_dict(), path)
         moments = state.get("moments")
@@ -303,10 +305,11 @@ class Pretraining:
         return state
 
     def _check_settings(self, theirs: Any, path: Path) -> None:
+        defaults = IJepaConfig().to_dict()  # what a setting was before there was one
         for section, settings in self.cfg.to_dict().items():
             before = theirs.get(section) if isinstance(theirs, dict) else None
             for name, value in settings.items():
-                found = before.get(name) if isinstance(before, dict) else None
+                found = before.get(name, defaults[section][name]) if isinstance(before, dict) else None
                 if found != value and name not in FREE.get(section, ()):
                     raise CheckpointError(
                         f"{path} was trained with {section}.{name} = {found!r}, this run says {value!r}: a resumed run goes on with the "
