@@ -98,7 +98,9 @@ def _number(where: str, value: Any, kind: type, low: float | None, high: float |
 class DataConfig(Section):
     """What is learnt from, and in what portions."""
 
-    dataset: str = setting("fashion_mnist_mini", "name of the data set; wejepa.data.available_datasets() lists them")
+    dataset: str = setting(
+        "fashion_mnist_mini", "name of the data set; wejepa.data.available_datasets() lists them; hf:NAME for Hugging Face's"
+    )
     root: str = setting("data", "folder with the data set's files (for imagefolder: the folder with train/ and test/)")
     use_fake_data: bool = setting(False, "replace the data set by noise of the same shape: for testing the plumbing only")
     fake_data_size: int = setting(256, "number of noise images, for training and again for testing", low=20)
