@@ -116,6 +116,17 @@ def test_columns_are_found_by_their_kind_and_a_set_without_splits_is_for_trainin
         load_images(config(path), "test")
 
 
+def test_of_two_columns_of_images_the_one_named_image_is_taken(tmp_path):
+    kinds = datasets.Features({"before": datasets.Image(), "image": datasets.Image(), "after": datasets.Image()})
+    columns = {"before": [picture(1)] * 5, "image": [picture(2)] * 5, "after": [picture(4)] * 5}
+    datasets.Dataset.from_dict(columns, features=kinds).save_to_disk(tmp_path / "rows")
+    datasets.Dataset.from_dict({"photo": columns["image"]}, features=datasets.Features({"photo": datasets.Image()})).save_to_disk(
+        tmp_path / "one"
+    )
+    both, one = (next(load_images(config(tmp_path / name)).batches(torch.arange(5), 5)) for name in ("rows", "one"))
+    assert torch.equal(both, one)
+
+
 def test_without_labels_there_is_one_class(tmp_path):
     path = rows_with(tmp_path, {}, datasets.Features({"photo": datasets.Image()}))
     source = load_images(config(path))

@@ -255,11 +255,13 @@ def test_any_key_that_differs_is_named(tmp_path, monkeypatch, how):
     path = written(tmp_path, whole)
     for part, key in every_key("ViT-g/16"):
         state = whole | {part: dict(whole[part])}
-        value = state[part].pop("module." + key)
-        if how == "renamed":
-            state[part]["module." + key + "_x"] = value
+        value = state[part]["module." + key]
         if how == "reshaped":
             state[part]["module." + key] = torch.cat([value, value[-1:]])
+        else:
+            state[part].pop("module." + key)
+        if how == "renamed":
+            state[part]["module." + key + "_x"] = value
         monkeypatch.setattr(torch, "load", lambda *args, state=state, **kwargs: state)  # not 150 files
         with pytest.raises(CheckpointError) as refused:
             from_meta(path, num_heads=16)

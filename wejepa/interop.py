@@ -272,11 +272,17 @@ def config_of_meta(parts: dict[str, dict[str, Tensor]], num_heads: int | None, p
     """hf224_config at the sizes of the tensors. What several tensors tell is put to the vote, so that an odd one is named later."""
     everything = [(part, name, tuple(value.shape)) for part, tensors in parts.items() for name, value in tensors.items()]
 
-    def most_common(name: str, axis: int, part: str = "") -> int:
-        sizes = [shape[axis] for of, key, shape in everything if of.endswith(part) and re.fullmatch(name, key) and len(shape) > axis]
+    def most_common(*votes: tuple[str, int], part: str = "") -> int:
+        """The size that most tensors tell: those whose name in a part matches, each along the axis that goes with it."""
+        named = [(shape, axis) for name, axis in votes for of, key, shape in everything if of.endswith(part) and re.fullmatch(name, key)]
+        sizes = [shape[axis] for shape, axis in named if len(shape) > axis]
         if not sizes:
-            raise CheckpointError(f"{path}: {name} is missing, which tells a size: take another checkpoint")
+            raise CheckpointError(f"{path}: {votes[0][0]} is missing, which tells a size: take another checkpoint")
         return Counter(sizes).most_common(1)[0][0]
+
+    def hidden(prefix: str, part: str) -> int:
+        votes = ((rf"{prefix}\..*fc1\.weight", 0), (rf"{prefix}\..*fc1\.bias", 0), (rf"{prefix}\..*fc2\.weight", 1))
+        return most_common(*votes, part=part)
 
     def depth(part: str, prefix: str) -> int:
         numbers = [int(found[1]) for name in parts[part] if (found := re.match(prefix + r"\.(\d+)\.", name))]
@@ -284,21 +290,21 @@ def config_of_meta(parts: dict[str, dict[str, Tensor]], num_heads: int | None, p
             raise CheckpointError(f"{path}, {part}: {prefix}.0.norm1.weight is missing: take a checkpoint of I-JEPA's in Meta's layout")
         return 1 + max(numbers)
 
-    width = most_common(r"(blocks\..*)?norm\d?\.weight", 0, "encoder")
+    width = most_common((r"(blocks\..*)?norm\d?\.weight", 0), part="encoder")
     if num_heads is None and width not in HEADS:
         raise ConfigError(f"num_heads cannot be told from a width of {width}: give it")
-    side = math.isqrt(most_common(r"(predictor_)?pos_embed", 1))
-    patch_size = most_common(r"patch_embed\.proj\.weight", 3, "encoder")
-    narrow = most_common(r"predictor_(blocks\..*)?norm\d?\.weight", 0, "predictor")
+    side = math.isqrt(most_common((r"(predictor_)?pos_embed", 1)))
+    patch_size = most_common((r"patch_embed\.proj\.weight", 3), part="encoder")
+    narrow = most_common((r"predictor_(blocks\..*)?norm\d?\.weight", 0), part="predictor")
     found = {
         "img_size": side * patch_size,
         "patch_size": patch_size,
-        "in_chans": most_common(r"patch_embed\.proj\.weight", 1, "encoder"),
+        "in_chans": most_common((r"patch_embed\.proj\.weight", 1), part="encoder"),
         "embed_dim": width,
         "enc_depth": depth("encoder", "blocks"),
         "num_heads": num_heads or HEADS[width],
-        "mlp_ratio": ratio(most_common(r"blocks\..*mlp\.fc1\.(weight|bias)", 0, "encoder"), width),
-        "pred_mlp_ratio": ratio(most_common(r"predictor_blocks\..*mlp\.fc1\.(weight|bias)", 0), narrow),
+        "mlp_ratio": ratio(hidden("blocks", "encoder"), width),
+        "pred_mlp_ratio": ratio(hidden("predictor_blocks", "predictor"), narrow),
     }
     return sized(found, path, pred_dim=narrow, pred_depth=depth("predictor", "predictor_blocks"))
 
