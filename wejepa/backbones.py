@@ -23,7 +23,7 @@ __all__ = ["StageEncoder", "load_torchvision_weights", "window_attention"]
 class StageEncoder(nn.Module):
     """The layers of a convolutional network or Swin transformer up to one of its stages, whose places are the tokens, and a final norm.
 
-    Where a Vision Transformer's student computes the context alone, this one computes the whole image with blanks, and costs as much.
+    Where a vision transformer's student computes the context alone, this one computes the whole image with blanks, and costs as much.
     Batch normalisation, where the network has it, takes the statistics of what is before it: in the student those of masked images, in the
     teacher those of whole ones, in each of several processes or accumulated parts those of its own images. Stochastic depth is switched
     off, so that a step repeats.
