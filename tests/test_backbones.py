@@ -260,6 +260,17 @@ def test_where_windows_overhang_the_grid_places_look_at_places_only():
     torch.testing.assert_close(window_attention(layer, x), used / used.sum(-1, keepdim=True))
 
 
+def test_the_explorer_shows_a_swins_last_stage():
+    from wejepa.widgets import AttentionExplorer
+
+    cfg = backbone_config("swin_t", img_size=32)
+    explorer = AttentionExplorer({"swin": IJEPA_base(cfg).eval()}, some_images(cfg, 1))
+    assert explorer.controls["layer"].options[-1] == "rollout" and len(explorer.controls["layer"].options) == 3
+    assert len(explorer.controls["head"].options) == 7  # the mean, and the six heads of that stage
+    assert explorer.attention("swin").shape == (4, 4)
+    explorer.render()
+
+
 # ---------------------------------------------------------------- batch statistics
 
 

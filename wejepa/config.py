@@ -441,7 +441,10 @@ def default_config() -> IJepaConfig:
 
 
 def hf224_config() -> IJepaConfig:
-    """224 x 224 images, patch 16, from a folder of images: a ViT-S for one GPU or several (I-JEPA, appendix A.1)."""
+    """224 x 224 images, patch 16, from a folder of images: a ViT-S for one GPU or several (I-JEPA, appendix A.1).
+
+    `data.dataset = "hf:NAME"` takes a Hugging Face data set instead, `adapt_config_for_backbone` another encoder.
+    """
     return IJepaConfig(
         data=DataConfig(dataset="imagefolder", train_batch_size=256, eval_batch_size=128, num_workers=8, crop_scale=(0.3, 1.0)),
         mask=MaskConfig(),
