@@ -12,7 +12,16 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig, OptimizerConfig
+from wejepa.config import (
+    DataConfig,
+    HardwareConfig,
+    IJepaConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimizerConfig,
+    adapt_config_for_backbone,
+    default_config,
+)
 from wejepa.train.checkpoints import CheckpointFolder
 from wejepa.train.distributed import IJepaLoss, Ranks, whole
 from wejepa.train.loop import Pretraining
@@ -83,6 +92,12 @@ def main(folder: Path) -> None:
     cfg = tiny_config(folder / "sharded")
     cfg.hardware.shard_model = True
     results["resumed sharded"] = train(cfg, resume=folder / "sharded" / f"step_{STEPS // 2:08d}.pt")
+    cfg = adapt_config_for_backbone(default_config(), "mobilenet_v3_small")
+    cfg.data = DataConfig(use_fake_data=True, fake_data_size=20, train_batch_size=8, eval_batch_size=16)
+    cfg.optimizer.epochs = 2
+    for name, sharded in (("batch normalised", False), ("batch normalised and sharded", True)):
+        cfg.hardware = HardwareConfig(device="cpu", mixed_precision=False, shard_model=sharded, output_dir=str(folder / name))
+        results[name] = train(cfg)
     if dist.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
     Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu")).leave()

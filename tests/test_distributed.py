@@ -60,6 +60,17 @@ def test_gradients_that_are_not_averaged_are_noticed(alone, together):
     assert not together["broken"]["same_weights"]
 
 
+def test_batch_statistics_are_of_each_processs_part_and_the_weights_one(together):
+    """Other losses than on one process, as each normalises by its own images; but all processes make the same update, sharded or not."""
+    runs = [together["batch normalised"], together["batch normalised and sharded"]]
+    for run in runs:
+        assert len(run["losses"]) == 4 and run["same_weights"] and run["every_process_knows_the_history"]
+    assert relative_difference(runs[1]["losses"], runs[0]["losses"]) < 1e-4
+    for name in ("batch normalised", "batch normalised and sharded"):
+        buffers = load_checkpoint(together["folder"] / name / "latest.pt")["model"]
+        assert buffers["teacher_encoder.blocks.0.1.num_batches_tracked"] == 4
+
+
 def test_the_history_is_the_same_in_kind(alone, together):
     for name in ("plain", "sharded"):
         assert together[name]["every_process_knows_the_history"]

@@ -464,3 +464,16 @@ def test_a_worker_that_dies_in_the_middle_of_a_step_is_told_of(folder_cfg):
 
     with pytest.raises(DataError, match=r"lower data\.num_workers = 1"):
         end_after(folder_cfg, 2, kill_workers)
+
+
+def test_a_checkpoint_from_before_a_setting_counts_as_its_default(cfg, whole):
+    """Settings that came later do not keep a run from going on, unless it changes them."""
+    run = Pretraining(cfg)
+    state = whole | {"config": {k: dict(v) for k, v in whole["config"].items()}}
+    for name in ("classification_frozen", "norm_eps", "pred_mlp_ratio"):
+        del state["config"]["model"][name]
+    save_checkpoint(run.output / "step_00000020.pt", state)
+    assert Pretraining(cfg, resume="auto").step == STEPS
+    cfg.model.norm_eps = 1e-5
+    with pytest.raises(CheckpointError, match=r"trained with model.norm_eps = 1e-06, this run says 1e-05"):
+        Pretraining(cfg, resume=run.output / "step_00000020.pt")

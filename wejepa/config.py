@@ -98,7 +98,9 @@ def _number(where: str, value: Any, kind: type, low: float | None, high: float |
 class DataConfig(Section):
     """What is learnt from, and in what portions."""
 
-    dataset: str = setting("fashion_mnist_mini", "name of the data set; wejepa.data.available_datasets() lists them")
+    dataset: str = setting(
+        "fashion_mnist_mini", "name of the data set; wejepa.data.available_datasets() lists them; hf:NAME for Hugging Face's"
+    )
     root: str = setting("data", "folder with the data set's files (for imagefolder: the folder with train/ and test/)")
     use_fake_data: bool = setting(False, "replace the data set by noise of the same shape: for testing the plumbing only")
     fake_data_size: int = setting(256, "number of noise images, for training and again for testing", low=20)
@@ -166,8 +168,11 @@ class ModelConfig(Section):
     pred_dim: int = setting(64, "width of the predictor", low=4, high=16384)
     num_heads: int = setting(2, "attention heads, of the encoder and of the predictor", low=1, high=256)
     mlp_ratio: float = setting(4.0, "width of a block's hidden layer over its own width", low=0.1, high=16)
+    pred_mlp_ratio: float = setting(0.0, "the same in the predictor; 0 for the encoder's", low=0, high=16)
+    norm_eps: float = setting(1e-6, "what the encoder's layer norms add to the variance", low=0, high=0.1)
     classification_backbone: str | None = setting(None, "a torchvision classifier as encoder, or null for our own", optional=True)
     classification_pretrained: bool = setting(False, "start from torchvision's published weights")
+    classification_frozen: bool = setting(False, "leave the encoder as it starts: the predictor alone learns")
 
 
 @dataclass
@@ -285,23 +290,21 @@ class IJepaConfig:
                 f"model.patch_size = {m.patch_size} does not divide model.img_size = {m.img_size}: "
                 f"take patch_size {best}, or img_size {max(1, round(m.img_size / m.patch_size)) * m.patch_size}"
             )
-        for name in ("embed_dim", "pred_dim"):
-            width = getattr(m, name)
+        if m.classification_backbone is not None:
+            check_backbone(m)
+        else:
+            for name in ("classification_pretrained", "classification_frozen"):
+                if getattr(m, name):
+                    raise ConfigError(f"model.{name} = true needs model.classification_backbone: name one, such as 'vit_b_16'")
+        # A network of stages has heads of its own, or none: only the predictor has the config's.
+        widths = {n: getattr(m, n) for n in ("embed_dim", "pred_dim") if n == "pred_dim" or m.classification_backbone not in STAGE_WIDTHS}
+        for name, width in widths.items():
             if width % m.num_heads:
-                heads = max(h for h in range(1, m.num_heads) if m.embed_dim % h == m.pred_dim % h == 0)
+                heads = max(h for h in range(1, m.num_heads) if not any(w % h for w in widths.values()))
                 raise ConfigError(
                     f"model.num_heads = {m.num_heads} does not divide model.{name} = {width}: "
                     f"take num_heads {heads}, or {name} {math.ceil(width / m.num_heads) * m.num_heads}"
                 )
-        if m.classification_backbone is not None:
-            for name, value in backbone_sizes(m.classification_backbone).items():
-                if getattr(m, name) != value:
-                    raise ConfigError(
-                        f"model.{name} = {getattr(m, name)} does not fit model.classification_backbone = {m.classification_backbone!r}, "
-                        f"which has {value}: let adapt_config_for_backbone(cfg, {m.classification_backbone!r}) set it"
-                    )
-        elif m.classification_pretrained:
-            raise ConfigError("model.classification_pretrained = true needs model.classification_backbone: name one, such as 'vit_b_16'")
         if o.warmup_epochs > o.epochs:
             raise ConfigError(f"optimizer.warmup_epochs = {o.warmup_epochs} is longer than optimizer.epochs = {o.epochs}: make it shorter")
         if o.momentum_teacher > o.momentum_teacher_final:
@@ -351,38 +354,83 @@ def parse_value(raw: str) -> Any:
 
 # ---------------------------------------------------------------- presets
 
-# torchvision's classifiers that serve as encoders, and their sizes.
-BACKBONES = {
+# torchvision's classifiers that serve as encoders. Vision transformers, and what they fix:
+VIT_SIZES = {
     "vit_b_16": {"patch_size": 16, "embed_dim": 768, "enc_depth": 12, "num_heads": 12},
     "vit_b_32": {"patch_size": 32, "embed_dim": 768, "enc_depth": 12, "num_heads": 12},
     "vit_l_16": {"patch_size": 16, "embed_dim": 1024, "enc_depth": 24, "num_heads": 16},
     "vit_l_32": {"patch_size": 32, "embed_dim": 1024, "enc_depth": 24, "num_heads": 16},
 }
+# Networks of stages, and the channels at each total stride at which their features can be taken.
+STAGE_WIDTHS = {
+    "resnet18": {8: 128, 16: 256, 32: 512},
+    "resnet50": {8: 512, 16: 1024, 32: 2048},
+    "convnext_tiny": {8: 192, 16: 384, 32: 768},
+    "convnext_small": {8: 192, 16: 384, 32: 768},
+    "efficientnet_b0": {8: 40, 16: 112, 32: 1280},
+    "regnet_y_400mf": {8: 104, 16: 208, 32: 440},
+    "mobilenet_v3_small": {8: 24, 16: 48, 32: 576},
+    "swin_t": {8: 192, 16: 384, 32: 768},
+    "swin_s": {8: 192, 16: 384, 32: 768},
+    "swin_v2_t": {8: 192, 16: 384, 32: 768},
+}
+BACKBONES = (*STAGE_WIDTHS, *VIT_SIZES)
+SMALLEST_GRID = 4  # patches down and across that adapt_config_for_backbone leaves at least
 
 
-def backbone_sizes(name: str) -> dict[str, Any]:
-    """The settings of `model` that a backbone fixes."""
-    if name not in BACKBONES:
+def backbone_sizes(name: str, stride: int) -> dict[str, Any]:
+    """The settings of `model` that a backbone fixes; `stride`, in pixels, says where a network of stages is left.
+
+    Raises:
+        ConfigError: the backbone is not known, or has no stage of that stride.
+    """
+    if name in VIT_SIZES:
+        return {**VIT_SIZES[name], "in_chans": 3, "mlp_ratio": 4.0}
+    if name not in STAGE_WIDTHS:
         raise ConfigError(f"model.classification_backbone = {name!r} is not known; {did_you_mean(name, list(BACKBONES))}")
-    return {**BACKBONES[name], "in_chans": 3, "mlp_ratio": 4.0}
+    widths = STAGE_WIDTHS[name]
+    if stride not in widths:
+        raise ConfigError(
+            f"model.patch_size = {stride} is no stage of model.classification_backbone = {name!r}: take {', '.join(map(str, widths))}, "
+            f"or let adapt_config_for_backbone(cfg, {name!r}) choose"
+        )
+    return {"patch_size": stride, "embed_dim": widths[stride], "in_chans": 3}
+
+
+def check_backbone(model: ModelConfig) -> None:
+    """Refuse sizes at odds with the backbone, naming the setting and what would fit."""
+    name = model.classification_backbone
+    for setting, value in backbone_sizes(name, model.patch_size).items():
+        if getattr(model, setting) != value:
+            raise ConfigError(
+                f"model.{setting} = {getattr(model, setting)} does not fit model.classification_backbone = {name!r}, "
+                f"which has {value}: let adapt_config_for_backbone(cfg, {name!r}) set it"
+            )
 
 
 def adapt_config_for_backbone(cfg: IJepaConfig, name: str) -> IJepaConfig:
     """A copy of `cfg` whose encoder is a torchvision classifier.
 
-    Patch size, width, depth and heads become the backbone's, and the predictor half as wide as the encoder. The image size stays if it
-    makes a grid of at least 4 x 4 patches, and becomes 224 otherwise.
+    The image keeps its size if that makes a grid of at least 4 x 4 patches, and becomes 224 x 224 otherwise. For a vision transformer,
+    patch size, width, depth and heads become the backbone's, and the predictor half as wide. For a network of stages the patch size is the
+    largest total stride that leaves such a grid (224 -> 32, 64 -> 16, 32 -> 8), the width that stage's channels, and the predictor about
+    half as wide, 384 at most as in the paper, with heads of 32.
 
     Raises:
-        ConfigError: the backbone is not known.
+        ConfigError: the backbone is not known, or `cfg.mask` does not fit the grid.
     """
     cfg = cfg.copy()
-    for setting, value in backbone_sizes(name).items():
-        setattr(cfg.model, setting, value)
-    cfg.model.classification_backbone = name
-    cfg.model.pred_dim = cfg.model.embed_dim // 2
-    if cfg.model.img_size % cfg.model.patch_size or cfg.model.img_size < 4 * cfg.model.patch_size:
-        cfg.model.img_size = 224
+    m = cfg.model
+    strides = [VIT_SIZES[name]["patch_size"]] if name in VIT_SIZES else sorted(STAGE_WIDTHS.get(name, ()), reverse=True)
+    fitting = [stride for stride in strides if m.img_size % stride == 0 and m.img_size >= SMALLEST_GRID * stride]
+    if not fitting:
+        m.img_size = 224
+    for setting, value in backbone_sizes(name, (fitting or strides or [0])[0]).items():
+        setattr(m, setting, value)
+    m.classification_backbone, m.pred_dim = name, m.embed_dim // 2
+    if name in STAGE_WIDTHS:
+        m.num_heads = max(1, min(384 // 32, m.embed_dim // 64))
+        m.pred_dim = 32 * m.num_heads
     cfg.validate()
     return cfg
 
@@ -393,7 +441,10 @@ def default_config() -> IJepaConfig:
 
 
 def hf224_config() -> IJepaConfig:
-    """224 x 224 images, patch 16, from a folder of images: a ViT-S for one GPU or several (I-JEPA, appendix A.1)."""
+    """224 x 224 images, patch 16, from a folder of images: a ViT-S for one GPU or several (I-JEPA, appendix A.1).
+
+    `data.dataset = "hf:NAME"` takes a Hugging Face data set instead, `adapt_config_for_backbone` another encoder.
+    """
     return IJepaConfig(
         data=DataConfig(dataset="imagefolder", train_batch_size=256, eval_batch_size=128, num_workers=8, crop_scale=(0.3, 1.0)),
         mask=MaskConfig(),

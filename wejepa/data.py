@@ -1,7 +1,8 @@
-"""Images by name: the embedded set, torchvision's, your own folder, or noise.
+"""Images by name: the embedded set, torchvision's, your own folder, Hugging Face's, or noise.
 
 Two kinds of source share one interface. `MemoryImages` holds every image as bytes and augments a batch at a time; `FolderImages`
-decodes files, in worker processes if asked. Both give what the encoder takes: float32 (B, C, S, S), normalised.
+decodes files, in worker processes if asked, and `RowImages` the rows of a Hugging Face data set in the same way. All give what the
+encoder takes: float32 (B, C, S, S), normalised.
 
 Every random choice is derived from (seed, epoch, step), so a run that stops in between goes on as if it had not. A file that cannot be
 read is named in a warning and passed over; too many of them are an error.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import math
 import os
 import warnings
@@ -29,6 +31,7 @@ from wejepa.errors import ConfigError, DataError
 __all__ = [
     "FolderImages",
     "MemoryImages",
+    "RowImages",
     "available_datasets",
     "example_photograph",
     "load_images",
@@ -51,6 +54,7 @@ STATISTICS = {
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
     "imagenette": IMAGENET,
     "imagefolder": IMAGENET,
+    "hf": IMAGENET,
     "fake": ((0.5,), (0.29,)),
 }
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -58,8 +62,8 @@ FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", 
 
 
 def available_datasets() -> list[str]:
-    """The names that `data.dataset` takes."""
-    return sorted(name for name in STATISTICS if name != "fake")
+    """The names that `data.dataset` takes, beside "hf:" and the name or folder of a Hugging Face data set."""
+    return sorted(name for name in STATISTICS if name not in ("fake", "hf"))
 
 
 def load_images(cfg: IJepaConfig, split: str = "train") -> MemoryImages | FolderImages:
@@ -76,13 +80,18 @@ def load_images(cfg: IJepaConfig, split: str = "train") -> MemoryImages | Folder
     if split not in ("train", "test"):
         raise ConfigError(f"split = {split!r}: give 'train' or 'test'")
     name = "fake" if cfg.data.use_fake_data else cfg.data.dataset
-    if name not in STATISTICS:
-        raise ConfigError(f"data.dataset = {name!r} is not known; {did_you_mean(name, available_datasets())}")
-    mean, std = STATISTICS[name]
+    rows_of = name[3:] if name.startswith("hf:") else None
+    if rows_of == "" or (rows_of is None and name not in (*available_datasets(), "fake")):
+        raise ConfigError(
+            f"data.dataset = {name!r} is not known; {did_you_mean(name, available_datasets())}; hf:NAME takes a Hugging Face data set"
+        )
+    mean, std = STATISTICS["hf" if rows_of else name]
     shape = {"img_size": cfg.model.img_size, "in_chans": cfg.model.in_chans, "mean": mean, "std": std}
+    decoding = {"num_workers": cfg.data.num_workers, "max_unreadable_share": cfg.data.max_unreadable_share}
+    if rows_of:
+        return RowImages(*_hugging_face_rows(rows_of, split), **decoding, **shape)
     if name in ("imagefolder", "imagenette"):
-        files = _folder_files(name, Path(cfg.data.root), split)
-        return FolderImages(*files, num_workers=cfg.data.num_workers, max_unreadable_share=cfg.data.max_unreadable_share, **shape)
+        return FolderImages(*_folder_files(name, Path(cfg.data.root), split), **decoding, **shape)
     if name == "fake":
         images, labels, classes = _fake_images(cfg, split)
     elif name == "fashion_mnist_mini":
@@ -206,12 +215,15 @@ class FolderImages(torch.utils.data.Dataset):
         for i in range(index, index + (1 if crop is None else len(self))):
             i %= len(self)
             try:
-                return read_image(self.files[i], self.img_size, crop), failed
+                return read_image(self._opened(i), self.img_size, crop), failed
             except Exception as error:  # Pillow raises many types on damaged files
                 failed.append((i, _reason(error)))
             if self._too_many(len(failed)):
                 break
         return None, failed
+
+    def _opened(self, i: int) -> Path | io.BytesIO:
+        return self.files[i]
 
     def batches(self, index: Tensor, batch_size: int) -> Iterator[Tensor]:
         """The centres of the images in the order of `index`: (B, C, S, S) each.
@@ -279,16 +291,41 @@ class FolderImages(torch.utils.data.Dataset):
             )
 
 
+class RowImages(FolderImages):
+    """The rows of a Hugging Face data set, decoded when asked for, as `FolderImages` decodes files; a row is named NAME/SPLIT/NUMBER.
+
+    Args:
+        folder: NAME/SPLIT.
+        rows: for each row {"bytes": the image file's content, "path": where it is if the content is None}.
+        labels, classes and the rest: as for `FolderImages`.
+    """
+
+    def __init__(self, folder: Path, rows, labels: Tensor, classes: tuple[str, ...], **settings):
+        super().__init__(folder, [folder / str(i) for i in range(len(rows))], labels, classes, **settings)
+        self.rows = rows
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells this set from another one: the number of rows and a checksum of their labels."""
+        return f"{len(self)} rows, {zlib.crc32(self.labels.numpy().tobytes()):08x}"
+
+    def _opened(self, i: int) -> Path | io.BytesIO:
+        row = self.rows[i]
+        if row is None or (row["bytes"] is None and row["path"] is None):
+            raise ValueError("the row has no image")
+        return Path(row["path"]) if row["bytes"] is None else io.BytesIO(row["bytes"])
+
+
 def _collate(items: list[tuple[Tensor | None, list]]) -> tuple[Tensor | None, list]:
     pixels = [x for x, _ in items if x is not None]
     return torch.stack(pixels) if pixels else None, [entry for _, failed in items for entry in failed]
 
 
-def read_image(path: Path, size: int, crop: list[float] | None = None) -> Tensor:
+def read_image(path: Path | io.BytesIO, size: int, crop: list[float] | None = None) -> Tensor:
     """Bytes (3, size, size) of an image file: the first frame, upright, in colour, on white where it is transparent.
 
     Args:
-        path: a file of any kind that Pillow knows.
+        path: a file of any kind that Pillow knows, or its content.
         size: height and width of the result, in pixels.
         crop: which part, as shares of the image (left, top, width, height, mirror); the largest square in the centre for None.
 
@@ -514,6 +551,40 @@ def _folder_files(name: str, root: Path, split: str):
     classes = tuple(sorted(both | set(names)))
     number = {name: i for i, name in enumerate(classes)}
     return folder, files, torch.tensor([number[n] for n in names]), classes
+
+
+def _hugging_face_rows(name: str, split: str):
+    """NAME/SPLIT, and the image rows, labels and classes of a Hugging Face data set: a name on the hub or a folder."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"data.dataset = 'hf:{name}' needs the package datasets ({error}): pip install 'wejepa[datasets]'") from error
+
+    folder = Path(name)
+    try:
+        if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):  # save_to_disk
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name)
+    except Exception as error:  # offline, no such name, no image in the folder: the library has a type for each
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(
+            f"data.dataset = 'hf:{name}' could not be had ({reason}): check the name or folder, and go online once for one on the hub"
+        ) from error
+    splits = dict(found) if isinstance(found, dict) else {"train": found}
+    tried = {"train": ("train",), "test": ("test", "validation", "valid", "val")}[split]
+    chosen = next((s for s in tried if s in splits), None)
+    if chosen is None:
+        raise DataError(f"data.dataset = 'hf:{name}' has no split {' or '.join(tried)}, only {', '.join(splits)}: take a set that has one")
+    rows = splits[chosen]
+    images = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    if not images:
+        raise DataError(f"data.dataset = 'hf:{name}' has no column of images, only {', '.join(rows.features)}: take a set that has one")
+    column = "image" if "image" in images else images[0]
+    label = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    classes = tuple(rows.features[label].names) if label else ("",)
+    labels = torch.tensor(rows[label][:]) if label else torch.zeros(len(rows), dtype=torch.long)
+    return folder / chosen, rows.cast_column(column, datasets.Image(decode=False))[column], labels, classes
 
 
 def _visible(paths: Iterable[Path], folder: Path) -> Iterator[Path]:

@@ -10,7 +10,9 @@ __all__ = ["update_teacher"]
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters; buffers are copied.
+    """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters.
+
+    Buffers stay the teacher's: its batch statistics are of whole images, which it sees, the student's of masked ones.
 
     Args:
         teacher: moved in place.
@@ -20,5 +22,3 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum = {momentum}: give a number from 0 (copy the student) to 1 (stand still)")
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)  # one pass over the weights
-    for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-        mine.copy_(theirs)

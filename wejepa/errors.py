@@ -1,5 +1,10 @@
 """The package's own errors: what a person can put right is a `WejepaError`, whose one line says how."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 
 class WejepaError(ValueError):
     """Something the caller can put right; the message, one line, names the field or file and the remedy."""
@@ -22,3 +27,13 @@ class CheckpointError(WejepaError):
 
 class TrainingError(WejepaError):
     """A run that cannot go on: the loss is no longer finite, or nothing is left to train on."""
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a command of the shell: 0 when it is done, 2 with one line on standard error when it refuses."""
+    try:
+        command()
+    except WejepaError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0

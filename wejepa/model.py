@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wejepa.backbones import load_torchvision_weights
-from wejepa.config import IJepaConfig
+from wejepa.backbones import StageEncoder, load_torchvision_weights
+from wejepa.config import STAGE_WIDTHS, IJepaConfig
 from wejepa.ema import update_teacher
 from wejepa.errors import ConfigError
 from wejepa.masking import Masks
@@ -83,6 +83,15 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(m.embed_dim, eps=1e-6)
         init_transformer(self)
 
+    @property
+    def attention_layers(self) -> list[Attention]:
+        """What can record its attention, the first layer first."""
+        return [block.attn for block in self.blocks]
+
+    def token_grid(self, images: Tensor) -> tuple[int, int]:
+        """Patches down and across for images (B, C, height, width); refuses what the patch size does not divide."""
+        return self.patch_embed.grid_size(images)
+
     def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Patch tokens with their positions, before any block: (B, N, D), or (B, K, D) for kept indices (B, K)."""
         positions = resize_positions(self.pos_embed, self.grid_size, self.patch_embed.grid_size(images))
@@ -106,7 +115,7 @@ class Predictor(nn.Module):
         self.embed = nn.Linear(m.embed_dim, m.pred_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, m.pred_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid_size[0] * self.grid_size[1], m.pred_dim))
-        self.blocks = nn.ModuleList(Block(m.pred_dim, m.num_heads, m.mlp_ratio) for _ in range(m.pred_depth))
+        self.blocks = nn.ModuleList(Block(m.pred_dim, m.num_heads, m.pred_mlp_ratio or m.mlp_ratio) for _ in range(m.pred_depth))
         self.norm = nn.LayerNorm(m.pred_dim, eps=1e-6)
         self.proj = nn.Linear(m.pred_dim, m.embed_dim)
         init_transformer(self)
@@ -177,16 +186,42 @@ class IJEPA_base(nn.Module):
         super().__init__()
         cfg.validate()
         self.cfg = cfg.copy()
-        self.student_encoder = Encoder(cfg)
-        if cfg.model.classification_pretrained:
-            load_torchvision_weights(self.student_encoder, cfg.model.classification_backbone)
+        if cfg.model.classification_backbone in STAGE_WIDTHS:
+            self.student_encoder = StageEncoder(cfg)
+        else:
+            self.student_encoder = Encoder(cfg)
+            for module in self.student_encoder.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = cfg.model.norm_eps
+            if cfg.model.classification_pretrained:
+                load_torchvision_weights(self.student_encoder, cfg.model.classification_backbone)
         self.predictor = Predictor(cfg)
         self.teacher_encoder = copy.deepcopy(self.student_encoder).requires_grad_(False)
+        self.student_encoder.requires_grad_(not cfg.model.classification_frozen)
+        self.train()
 
     @classmethod
     def from_config(cls, cfg: IJepaConfig) -> IJEPA_base:
         """The model of a config, freshly initialised from torch's default random generator."""
         return cls(cfg)
+
+    @classmethod
+    def without_weights(cls, cfg: IJepaConfig) -> IJEPA_base:
+        """The model of a config on "meta", where weights take no memory: `load_state_dict(..., assign=True)` brings them."""
+        plain = cfg.copy()
+        plain.model.classification_pretrained = False  # they would be loaded for nothing
+        with torch.device("meta"):
+            model = cls(plain).to("meta")
+        model.cfg = cfg.copy()
+        return model
+
+    def train(self, mode: bool = True) -> IJEPA_base:
+        """As `nn.Module.train`, but a frozen encoder keeps its batch statistics as well."""
+        super().train(mode)
+        if self.cfg.model.classification_frozen:
+            self.student_encoder.eval()
+            self.teacher_encoder.eval()
+        return self
 
     def forward(self, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         """Predict the targets' representations from the context's.
@@ -198,7 +233,7 @@ class IJEPA_base(nn.Module):
         Returns:
             (predictions, targets), each (B, M, Nt, D); the targets are layer-normalised and carry no gradient.
         """
-        grid_size = self.student_encoder.patch_embed.grid_size(images)
+        grid_size = self.student_encoder.token_grid(images)
         context = self.student_encoder(images, keep=masks.context)  # (B, Nc, D)
         predictions = self.predictor(context, masks, grid_size)  # (B, M, Nt, D)
         with torch.no_grad():
@@ -208,26 +243,43 @@ class IJEPA_base(nn.Module):
         return predictions, targets
 
     def encode(self, images: Tensor, encoder: str = "teacher") -> Tensor:
-        """All tokens of images (B, C, height, width) under the "teacher" or the "student": (B, N, D)."""
-        return self._encoder(encoder)(images)
+        """All tokens of images (B, C, height, width) under the "teacher" or the "student": (B, N, D).
+
+        Always in evaluation mode: to look changes nothing. A network with batch normalisation uses its running statistics, which are of
+        whole images in the teacher, and of masked ones in the student.
+        """
+        chosen = self._encoder(encoder)
+        training = chosen.training
+        try:
+            return chosen.eval()(images)
+        finally:
+            chosen.train(training)
 
     def momentum_update(self, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters."""
-        update_teacher(self.teacher_encoder, self.student_encoder, momentum)
+        """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters; nothing where both are frozen."""
+        if not self.cfg.model.classification_frozen:
+            update_teacher(self.teacher_encoder, self.student_encoder, momentum)
 
     def enable_attention_recording(self, enabled: bool = True) -> None:
-        """Keep the attention weights of both encoders' next forward passes, or stop keeping and forget them."""
+        """Keep the attention weights of both encoders' next forward passes, or stop keeping and forget them.
+
+        Raises:
+            ConfigError: the encoder is a convolutional network, which has no attention.
+        """
         for encoder in (self.student_encoder, self.teacher_encoder):
-            for block in encoder.blocks:
-                block.attn.record, block.attn.recorded = enabled, None
+            for layer in encoder.attention_layers:
+                layer.record, layer.recorded = enabled, None
 
     def get_recorded_attentions(self, encoder: str = "teacher") -> list[Tensor]:
         """The weights of the last forward pass, one (B, heads, N, N) a layer; each row sums to one.
 
+        Of a Swin transformer the layers of its last stage, where places and tokens are the same.
+
         Raises:
+            ConfigError: the encoder is a convolutional network.
             RuntimeError: nothing was recorded.
         """
-        recorded = [block.attn.recorded for block in self._encoder(encoder).blocks]
+        recorded = [layer.recorded for layer in self._encoder(encoder).attention_layers]
         if any(r is None for r in recorded):
             raise RuntimeError(
                 f"no attention of the {encoder} is recorded: call enable_attention_recording(True), then encode(images, {encoder!r})"

@@ -31,15 +31,7 @@ class PatchEmbed(nn.Module):
         Raises:
             ConfigError: the patch does not divide the image, or the channels are not the embedding's.
         """
-        channels, height, width = images.shape[-3:]
-        if channels != self.proj.in_channels:
-            raise ConfigError(f"the images have {channels} channels, model.in_chans is {self.proj.in_channels}: set it to {channels}")
-        if height % self.patch_size or width % self.patch_size:
-            raise ConfigError(
-                f"model.patch_size = {self.patch_size} does not divide an image of {height} x {width}: "
-                f"resize it to {height // self.patch_size * self.patch_size} x {width // self.patch_size * self.patch_size}"
-            )
-        return height // self.patch_size, width // self.patch_size
+        return token_grid(images, self.patch_size, self.proj.in_channels)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, C, height, width) -> (B, N, D), patches in raster order; with `keep` (B, K) those patches alone: (B, K, D)."""
@@ -48,6 +40,23 @@ class PatchEmbed(nn.Module):
             return self.proj(images).flatten(2).transpose(1, 2)
         patches = images.view(-1, images.shape[1], rows, p, cols, p).permute(0, 2, 4, 1, 3, 5)  # (B, rows, cols, C, p, p)
         return F.linear(take(patches.reshape(len(images), rows * cols, -1), keep), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def token_grid(images: Tensor, patch_size: int, in_chans: int) -> tuple[int, int]:
+    """Patches down and across for images (B, C, height, width).
+
+    Raises:
+        ConfigError: the patch does not divide the image, or the channels are not those asked for.
+    """
+    channels, height, width = images.shape[-3:]
+    if channels != in_chans:
+        raise ConfigError(f"the images have {channels} channels, model.in_chans is {in_chans}: set it to {channels}")
+    if height % patch_size or width % patch_size:
+        raise ConfigError(
+            f"model.patch_size = {patch_size} does not divide an image of {height} x {width}: "
+            f"resize it to {height // patch_size * patch_size} x {width // patch_size * patch_size}"
+        )
+    return height // patch_size, width // patch_size
 
 
 def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

@@ -165,9 +165,10 @@ class AttentionExplorer(Explorer):
     def __init__(self, models: dict[str, IJEPA_base], images: Tensor, encoder: str = "teacher"):
         self.models, self.images, self.encoder = models, images, encoder
         first = next(iter(models.values()))
-        self.grid_size = first.student_encoder.patch_embed.grid_size(images)
-        depth, heads = len(first.student_encoder.blocks), first.cfg.model.num_heads
+        self.grid_size = first.student_encoder.token_grid(images)
         self._recorded: dict[int, dict[str, list[Tensor]]] = {}
+        of_first = self._of_image(0)[next(iter(models))]
+        depth, heads = len(of_first), of_first[0].shape[1]
         rows, cols = self.grid_size
         super().__init__(
             {

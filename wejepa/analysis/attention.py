@@ -79,7 +79,7 @@ def prediction_errors(
     Returns:
         The errors; not a number where a patch never was a target.
     """
-    grid_size = model.student_encoder.patch_embed.grid_size(images)
+    grid_size = model.student_encoder.token_grid(images)
     total = torch.zeros(len(images), grid_size[0] * grid_size[1])
     asked = torch.zeros_like(total)
     for _ in range(samples):

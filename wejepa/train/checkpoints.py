@@ -16,7 +16,7 @@ from wejepa.config import IJepaConfig
 from wejepa.errors import CheckpointError, ConfigError
 from wejepa.model import IJEPA_base
 
-__all__ = ["CheckpointFolder", "load_checkpoint", "load_model", "save_checkpoint"]
+__all__ = ["CheckpointFolder", "load_checkpoint", "load_model", "save_checkpoint", "save_model"]
 
 FORMAT = "wejepa checkpoint 2"
 LATEST = "latest.pt"
@@ -79,17 +79,28 @@ def load_model(path: str | Path) -> IJEPA_base:
     """
     state = load_checkpoint(path)
     try:
-        model = IJEPA_base.from_config(IJepaConfig.from_dict(state["config"]))
+        model = IJEPA_base.without_weights(IJepaConfig.from_dict(state["config"]))
         load_weights(model, state["model"], path)
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{path} does not fit this version of wejepa ({error}): take the version that wrote it") from error
     return model.eval()
 
 
+def save_model(path: Path, model: IJEPA_base, source: str) -> None:
+    """Write a model's weights for `load_model`: no training state, so no run goes on from it.
+
+    Args:
+        path: the file.
+        model: the model.
+        source: where the weights come from; kept in the file.
+    """
+    save_checkpoint(path, {"config": model.cfg.to_dict(), "model": model.state_dict(), "source": source})
+
+
 def load_weights(model: IJEPA_base, weights: dict[str, Tensor], path: str | Path) -> None:
     """Load strictly, naming the first key that is missing, unexpected, of another shape or type, or not finite."""
     check_tensors(weights, model.state_dict(), path)
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
 
 
 def check_tensors(found: Any, expected: dict[str, Tensor], path: str | Path) -> None:

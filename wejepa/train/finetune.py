@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from wejepa.analysis.features import POOLINGS, knn_accuracy, pool_tokens
 from wejepa.config import IJepaConfig, Section, parse_value, setting
 from wejepa.data import generator_for, load_images, random_crops
-from wejepa.errors import ConfigError, DataError, WejepaError
-from wejepa.model import Encoder, IJEPA_base
+from wejepa.errors import ConfigError, DataError, exit_code
+from wejepa.model import IJEPA_base
 from wejepa.train.checkpoints import load_model
 from wejepa.train.loop import autocast, encode_images, parameter_groups
 from wejepa.train.memory import freed_memory_kept
@@ -196,9 +196,16 @@ def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None 
 
 
 def untrained(cfg: IJepaConfig) -> IJEPA_base:
-    """The model of a config as its pretraining begins."""
+    """The model of a config as its pretraining begins, without any weights from elsewhere."""
     torch.manual_seed(cfg.hardware.seed)
-    return IJEPA_base.from_config(cfg).eval()
+    return IJEPA_base.from_config(from_scratch(cfg)).eval()
+
+
+def from_scratch(cfg: IJepaConfig) -> IJepaConfig:
+    """A copy of a config whose encoder starts at random and learns."""
+    cfg = cfg.copy()
+    cfg.model.classification_pretrained = cfg.model.classification_frozen = False
+    return cfg
 
 
 @freed_memory_kept()
@@ -208,8 +215,8 @@ def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: Finetune
     The images are augmented as in pretraining, the rate is pretraining's, warmed up for a tenth and lowered along a cosine.
     """
     torch.manual_seed(finetune.seed)
-    model = IJEPA_base.from_config(cfg)
-    encoder: Encoder = model.student_encoder
+    model = IJEPA_base.from_config(from_scratch(cfg))
+    encoder = model.student_encoder
     head = nn.Linear(encoder.embed_dim, len(source.classes))
     optimizer = torch.optim.AdamW([*parameter_groups(encoder), {"params": head.parameters(), "decays": False}], fused=True)
     for group in optimizer.param_groups:
@@ -308,7 +315,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of FinetuneConfig; repeatable")
     parser.add_argument("--compare", action="store_true", help="beside a random encoder, raw pixels, and training with labels")
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         cfg = FinetuneConfig()
         for text in args.set:
             name, equals, raw = text.partition("=")
@@ -317,15 +325,11 @@ def main(argv: list[str] | None = None) -> int:
             setattr(cfg, name.strip(), parse_value(raw))
         if args.compare:
             print(compare_pretrained_vs_scratch(cfg).table())
-        else:
-            result = train_linear_probe(cfg)
-            print(
-                f"test accuracy {100 * result.accuracy:.2f} % ({cfg.pooling}; rate {result.learning_rate:g}, decay {result.weight_decay:g})"
-            )
-        return 0
-    except WejepaError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+            return
+        result = train_linear_probe(cfg)
+        print(f"test accuracy {100 * result.accuracy:.2f} % ({cfg.pooling}; rate {result.learning_rate:g}, decay {result.weight_decay:g})")
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -282,6 +282,8 @@ class Pretraining:
     def _read(self, path: Path) -> dict[str, Any]:
         """The state in a checkpoint, after all of it has been checked against this run."""
         state = load_checkpoint(path)
+        if "source" in state:
+            raise CheckpointError(f"{path} holds weights alone, from {state['source']}: load_model reads it, no run goes on from it")
         self._check_settings(state.get("config"), path)
         check_tensors(state.get("model"), self.model.state_dict(), path)
         moments = state.get("moments")
@@ -304,10 +306,11 @@ class Pretraining:
         return state
 
     def _check_settings(self, theirs: Any, path: Path) -> None:
+        defaults = IJepaConfig().to_dict()  # what a setting was before there was one
         for section, settings in self.cfg.to_dict().items():
             before = theirs.get(section) if isinstance(theirs, dict) else None
             for name, value in settings.items():
-                found = before.get(name) if isinstance(before, dict) else None
+                found = before.get(name, defaults[section][name]) if isinstance(before, dict) else None
                 if found != value and name not in FREE.get(section, ()):
                     raise CheckpointError(
                         f"{path} was trained with {section}.{name} = {found!r}, this run says {value!r}: a resumed run goes on with the "
@@ -333,11 +336,11 @@ def encode_images(model: IJEPA_base, source, index: Tensor, cfg: IJepaConfig, en
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: matrices decay; biases, norms, positions and the mask token do not."""
+    """Trained parameters in two groups: matrices and kernels decay; biases, norms, scales, positions and the mask token do not."""
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[p.dim() > 1 and not name.endswith(("pos_embed", "mask_token"))].append(p)
+            groups[p.dim() > 1 and name.endswith("weight")].append(p)
     return [{"params": ps, "decays": decays} for decays, ps in groups.items()]
 
 
