@@ -6,6 +6,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
+# Threads that wait for one another give way after a moment. By default they keep the processor busy, and where another program wants it
+# too, a training step takes some ten times as long.
+export GOMP_SPINCOUNT ?= 1000
+
 .PHONY: help setup tutorial render test lab lint format clean
 
 help:

@@ -27,6 +27,11 @@ def source_hash(source: str) -> str:
 def render(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    keep(notebook, path)
+
+
+def keep(notebook, path: Path) -> None:
+    """Write an executed notebook with what of its outputs means something."""
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
