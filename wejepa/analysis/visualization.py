@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from wejepa.masking import Masks
@@ -351,6 +351,7 @@ def plot_maps(
             ink = "white" if value < (low + high) / 2 else "black"
             ax.text(col, row, format(value, numbers), ha="center", va="center", color=ink, fontsize=8)
         ax.set(title=name, xlabel="column")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if not shared:
             fig.colorbar(drawn, ax=ax, shrink=0.8, label=label)
     axes[0, 0].set_ylabel("row")
