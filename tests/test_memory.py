@@ -10,7 +10,7 @@ import pytest
 from wejepa.train import memory
 from wejepa.train.memory import freed_memory_kept
 
-# Whether a large tensor is mapped from the system, which clears it, by glibc's own count. Page faults would tell less: huge pages hide them.
+# Whether a large tensor is mapped from the system, by glibc's own count. Page faults would tell less: huge pages hide them.
 MAPPED = """
 import ctypes, json, psutil, torch
 from wejepa.train.memory import freed_memory_kept
