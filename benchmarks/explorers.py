@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -43,6 +42,12 @@ source = load_images(cfg, "test")
 images = next(source.batches(torch.arange(8), 8))"""
 
 ERROR = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]'
+
+# Before it has a kernel JupyterLab shows "idle" as well.
+READY = """() => {
+    const kernel = document.querySelector('.jp-Toolbar-kernelName'), state = document.querySelector('.jp-Notebook-ExecutionIndicator');
+    return kernel && state && kernel.innerText.trim() !== 'No Kernel' && state.dataset.status === 'idle';
+}"""
 
 # Presses are timed in the page: from the key's event to the first frame after the new picture has been decoded.
 WATCH = """(image) => {
@@ -115,12 +120,9 @@ def open_and_run(page, address: str, name: str, seconds: float = 120) -> None:
     """
     from playwright.sync_api import TimeoutError
 
-    # Its kernel is started first: less for JupyterLab to settle.
-    session = json.dumps({"path": name, "name": name, "type": "notebook", "kernel": {"name": "python3"}}).encode()
-    urllib.request.urlopen(urllib.request.Request(f"{address}/api/sessions?token=test", session), timeout=60).close()
     page.goto(f"{address}/lab/tree/{name}?token=test&reset")
     page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000, state="attached")
+    page.wait_for_function(READY, timeout=60_000)
     prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(p => p.textContent)"
     if any(re.search("[0-9]", text) for text in page.evaluate(prompts)):
         raise ValueError(f"{name} has cells that are numbered already: set their execution_count to None, or nobody sees them run")
@@ -129,17 +131,17 @@ def open_and_run(page, address: str, name: str, seconds: float = 120) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"{name} has not run to its end in {seconds:.0f} s: {page.evaluate(prompts)}")
         with contextlib.suppress(TimeoutError):  # a menu that is clicked while JupyterLab still settles does nothing, or asks which kernel
-            answer = page.locator(".jp-Dialog .jp-mod-accept")
-            if answer.count():
-                answer.first.click(timeout=5_000)
-                page.wait_for_timeout(1_000)
+            while page.locator(".jp-Dialog").count():
+                page.keyboard.press("Escape")  # to accept would start another kernel, and lose what the first one shows
+                page.wait_for_timeout(500)
+            page.wait_for_function(READY, timeout=10_000)
             page.click('.lm-MenuBar-itemLabel:text-is("Run")', timeout=5_000)
             page.click('.lm-Menu-itemLabel:text-is("Run All Cells")', timeout=5_000)
             page.wait_for_function(f"() => {prompts}.some(t => /[0-9*]/.test(t))", timeout=5_000)
             page.wait_for_function(f"() => !{prompts}.some(t => t.includes('*'))", timeout=1000 * seconds)
             if page.locator(ERROR).count():
                 break
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=1000 * seconds, state="attached")
+    page.wait_for_function(READY, timeout=1000 * seconds)
     errors = page.locator(ERROR)
     if errors.count():
         raise RuntimeError(f"{name}: {errors.first.inner_text()[-1500:]}")
