@@ -131,7 +131,7 @@ def open_and_run(page, address: str, name: str, seconds: float = 120) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"{name} has not run to its end in {seconds:.0f} s: {page.evaluate(prompts)}")
         with contextlib.suppress(TimeoutError):  # a menu that is clicked while JupyterLab still settles does nothing, or asks which kernel
-            while page.locator(".jp-Dialog").count():
+            if page.locator(".jp-Dialog").count():
                 page.keyboard.press("Escape")  # to accept would start another kernel, and lose what the first one shows
                 page.wait_for_timeout(500)
             page.wait_for_function(READY, timeout=10_000)
