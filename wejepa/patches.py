@@ -37,7 +37,7 @@ class PatchEmbed(nn.Module):
         """(B, C, height, width) -> (B, N, D), patches in raster order; with `keep` (B, K) those patches alone: (B, K, D)."""
         (rows, cols), p = self.grid_size(images), self.patch_size
         if keep is None:
-            return self.proj(images).flatten(2).transpose(1, 2)
+            return self.proj(images).flatten(2).transpose(1, 2).contiguous()  # or every later layer would read across memory
         patches = images.view(-1, images.shape[1], rows, p, cols, p).permute(0, 2, 4, 1, 3, 5)  # (B, rows, cols, C, p, p)
         return F.linear(take(patches.reshape(len(images), rows * cols, -1), keep), self.proj.weight.flatten(1), self.proj.bias)
 
