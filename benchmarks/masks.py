@@ -2,7 +2,7 @@
 
     python -m benchmarks.masks
 
-A round is ten batches. The collator is asked for masks alone: what stands in for the images are numbers. It cannot be asked for the same:
+A round is fifty batches in a row. The collator is asked for masks alone: what stands in for the images are numbers. It cannot be asked for the same:
 it is given the paper's scales, and `min_keep` low enough to come to an end on a grid of 8 x 8.
 """
 
@@ -18,7 +18,7 @@ from benchmarks.timing import Contender, in_turn, milliseconds, parser, plain, r
 from wejepa.config import MaskConfig
 from wejepa.masking import sample_block_masks
 
-GRIDS, BATCHES = (8, 14), 10
+GRIDS, BATCHES = (8, 14), 50
 
 
 def make_ours(batch: int, side: int) -> Callable[[], Any]:
@@ -42,7 +42,7 @@ def make_collator(batch: int, side: int) -> Callable[[], Any]:
 
 
 def main() -> None:
-    options = parser(__doc__, repeats=30)
+    options = parser(__doc__, repeats=15)
     options.add_argument("--batches", type=int, nargs="+", default=[128, 256])
     args = options.parse_args()
     beside = peer("lightly")

@@ -69,7 +69,7 @@ def in_turn(contenders: list[Contender], repeats: int, warmup: int = 2, clock: s
     try:
         for contender in contenders:
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(contender, there, warmup, clock), daemon=True)
+            process = context.Process(target=_work, args=(contender, there, warmup, clock), daemon=False)  # loading has workers of its own
             process.start()
             there.close()
             workers[contender.name] = (process, here)

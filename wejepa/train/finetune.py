@@ -130,16 +130,20 @@ def _softmax_regressions(train_x, train_y, test_x, classes: int, pairs: list[tup
     per_epoch = len(train_x) // batch_size
     fade = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.epochs * per_epoch)
     generator, predictions = generator_for(cfg.seed, 1), []
+
+    def logits(x: Tensor) -> Tensor:  # (N, pairs, classes): one wide product, several times faster than a narrow one for each pair
+        return (x @ torch.cat(weights, dim=1) + torch.cat(biases)).view(len(x), len(pairs), classes)
+
     for _ in range(cfg.epochs):
         for index in torch.randperm(len(train_x), generator=generator)[: per_epoch * batch_size].split(batch_size):
-            logits = train_x[index] @ torch.stack(weights) + torch.stack(biases)[:, None]  # (pairs, B, classes)
-            loss = F.cross_entropy(logits.transpose(1, 2), train_y[index].expand(len(pairs), -1)) * len(pairs)  # each pair's mean, summed
+            wanted = train_y[index].repeat_interleave(len(pairs))
+            loss = F.cross_entropy(logits(train_x[index]).flatten(0, 1), wanted) * len(pairs)  # each pair's mean, summed
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             fade.step()
         with torch.no_grad():
-            predictions.append((test_x @ torch.stack(weights) + torch.stack(biases)[:, None]).argmax(-1))
+            predictions.append(logits(test_x).argmax(-1).T)
     return torch.stack(predictions)
 
 
