@@ -2,8 +2,8 @@
 
     python -m benchmarks.masks
 
-A round is fifty batches in a row. The collator is asked for masks alone: what stands in for the images are numbers. It cannot be asked for the same:
-it is given the paper's scales, and `min_keep` low enough to come to an end on a grid of 8 x 8.
+A round is fifty batches in a row. The collator is asked for masks alone: what stands in for the images are numbers. It cannot be asked
+for the same: it is given the paper's scales, and `min_keep` low enough to come to an end on a grid of 8 x 8.
 """
 
 from __future__ import annotations

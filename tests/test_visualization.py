@@ -1,6 +1,7 @@
 """Figures show what they are given, and are closed."""
 
 import matplotlib.pyplot as plt
+import pytest
 import torch
 
 from wejepa.analysis import visualization
@@ -61,6 +62,24 @@ def test_curves_go_through_their_points():
     assert not plt.fignum_exists(fig.number)
     assert [list(line.get_ydata()) for line in fig.axes[0].lines] == [[3, 2, 1], [1, 1, 1]]
     assert fig.axes[0].get_xlabel() == "size" and fig.axes[0].get_ylim()[0] == 0
+
+
+def test_more_than_can_be_told_apart_is_refused_and_ten_curves_differ():
+    curves = {str(i): [i, i] for i in range(10)}
+    lines = visualization.plot_curves([1, 2], curves, x="size", y="patches").axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 10
+    bands = {name: torch.tensor([values]) for name, values in curves.items()}
+    assert len(visualization.plot_bands([1, 10], bands, x="labels", y="accuracy").axes[0].lines) == 10
+    one = [{"step": 1, "loss": 0.1, "teacher_variance": 0.5, "rankme": 8, "knn": 0.1}]
+    scores = {"mean": 0.1, "grid": 0.1, "knn": 0.1}
+    for too_many in (
+        lambda: visualization.plot_curves([1, 2], curves | {"more": [1, 1]}, x="size", y="patches"),
+        lambda: visualization.plot_bands([1, 10], bands | {"more": torch.ones(1, 2)}, x="labels", y="accuracy"),
+        lambda: visualization.plot_histories({str(i): [one] for i in range(11)}),
+        lambda: visualization.plot_comparison({str(i): scores for i in range(5)}),
+    ):
+        with pytest.raises(ValueError, match="can be told apart"):
+            too_many()
 
 
 def test_bands_hold_their_lines():

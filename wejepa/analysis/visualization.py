@@ -5,7 +5,7 @@ Colours are of Okabe and Ito's palette and the map is cividis: both read the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -41,6 +41,23 @@ __all__ = [
 
 CONTEXT, TARGET = "#0072B2", "#D55E00"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999", "#6A3D9A")
+MARKERS, LINES = "os^Dv*PX<>", ("-", "--", ":", "-.")
+BAR_COLOURS = (PALETTE[0], "#999999", PALETTE[4], PALETTE[2])
+
+
+def line_styles(names: Collection[str]) -> list[dict[str, str]]:
+    """For each name a colour, marker and line of its own, as `Axes.plot` takes them.
+
+    Raises:
+        ValueError: more names than can be told apart.
+    """
+    _check_count(names, len(PALETTE), "curves")
+    return [{"color": PALETTE[i], "marker": MARKERS[i], "linestyle": LINES[i % len(LINES)]} for i in range(len(names))]
+
+
+def _check_count(names: Collection[str], most: int, what: str) -> None:
+    if len(names) > most:
+        raise ValueError(f"{len(names)} {what} in one figure: {most} can be told apart, so draw the rest in another")
 
 
 def to_picture(image: Tensor) -> Tensor:
@@ -122,11 +139,11 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
     panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
     fig, axes = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained")
     for ax, (key, name) in zip(axes.flat, panels, strict=True):
-        for (run, histories), colour, marker, style in zip(runs.items(), PALETTE, "os^Dv*P", ("-", "--", ":", "-.") * 2, strict=False):
+        for (run, histories), style in zip(runs.items(), line_styles(runs), strict=True):
             for i, history in enumerate(histories):
                 values = [entry[key] for entry in history]
                 label = run if i == 0 else None
-                ax.plot([e["step"] for e in history], values, color=colour, marker=marker, markersize=4, linestyle=style, label=label)
+                ax.plot([e["step"] for e in history], values, markersize=4, label=label, **style)
         ax.set(title=name, xlabel="step", ylabel=name)
         ax.grid(alpha=0.3)
     axes[0, 0].set_yscale("log")
@@ -143,7 +160,8 @@ def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test acc
     groups = (("mean", "mean-pooled tokens"), ("grid", "tokens on a 4 x 4 grid"), ("knn", "k-NN"))
     fig, ax = plt.subplots(figsize=(8.5, 3.6), layout="constrained")
     width = 0.8 / len(rows)
-    for i, ((name, row), colour) in enumerate(zip(rows.items(), (PALETTE[0], "#999999", PALETTE[4], PALETTE[2]), strict=False)):
+    _check_count(rows, len(BAR_COLOURS), "encoders")
+    for i, ((name, row), colour) in enumerate(zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True)):
         at = [g + (i - (len(rows) - 1) / 2) * width for g in range(len(groups))]
         bars = ax.bar(at, [100 * row[key] for key, _ in groups], width * 0.92, color=colour, label=name)
         ax.bar_label(bars, fmt="%.1f", fontsize=8)
@@ -157,10 +175,10 @@ def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test acc
 def plot_bands(x_values: Sequence[float], curves: dict[str, Tensor], *, x: str, y: str, title: str = "") -> Figure:
     """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten."""
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (name, values), colour, marker, style in zip(curves.items(), PALETTE, "os^Dv*P", ("-", "--", ":", "-.") * 2, strict=False):
+    for (name, values), style in zip(curves.items(), line_styles(curves), strict=True):
         values = torch.as_tensor(values).float()
-        ax.fill_between(x_values, values.amin(0), values.amax(0), color=colour, alpha=0.18, linewidth=0)
-        ax.plot(x_values, values.mean(0), color=colour, marker=marker, linestyle=style, label=name)
+        ax.fill_between(x_values, values.amin(0), values.amax(0), color=style["color"], alpha=0.18, linewidth=0)
+        ax.plot(x_values, values.mean(0), label=name, **style)
     ax.set_xscale("log")
     ax.set_xticks(x_values, [f"{v:g}" for v in x_values])
     ax.minorticks_off()
@@ -237,7 +255,8 @@ def plot_tsne_embeddings(points: Tensor, labels: Tensor, classes: Sequence[str],
     for i, name in enumerate(classes):
         own = points[labels == i]
         if len(own):
-            ax.scatter(own[:, 0], own[:, 1], color=PALETTE[i % len(PALETTE)], marker="os^Dv*PX<>"[i % 10], s=14, linewidths=0, label=name)
+            colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+            ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, s=14, linewidths=0, label=name)
             outline = [withStroke(linewidth=2.5, foreground="white")]  # readable on any point
             ax.text(*own.median(0).values.tolist(), name, fontsize=8, ha="center", va="center", path_effects=outline, zorder=3)
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -305,10 +324,10 @@ def plot_coverage(maps: dict[str, Tensor], *, title: str = "How often each patch
 def plot_curves(
     x_values: Sequence[float], curves: dict[str, Sequence[float]], *, x: str, y: str, title: str = "", log_x: bool = True
 ) -> Figure:
-    """Lines by name over common x values, told apart by colour and marker."""
+    """Lines by name over common x values."""
     fig, ax = plt.subplots(figsize=(6.2, 3.5), layout="constrained")
-    for (name, values), colour, marker in zip(curves.items(), PALETTE, "os^Dv*P", strict=False):
-        ax.plot(x_values, values, color=colour, marker=marker, label=name)
+    for (name, values), style in zip(curves.items(), line_styles(curves), strict=True):
+        ax.plot(x_values, values, label=name, **style)
     if log_x:
         ax.set_xscale("log", base=2)
         ax.set_xticks(x_values, [f"{v:g}" for v in x_values])
