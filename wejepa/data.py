@@ -80,15 +80,15 @@ def load_images(cfg: IJepaConfig, split: str = "train") -> MemoryImages | Folder
     if split not in ("train", "test"):
         raise ConfigError(f"split = {split!r}: give 'train' or 'test'")
     name = "fake" if cfg.data.use_fake_data else cfg.data.dataset
-    rows_of = name[3:] if name.startswith("hf:") else None
-    if rows_of == "" or (rows_of is None and name not in (*available_datasets(), "fake")):
+    kind, _, rows_of = name.partition(":")  # "hf:NAME", or a name alone
+    if not (rows_of if kind == "hf" else name in (*available_datasets(), "fake")):
         raise ConfigError(
             f"data.dataset = {name!r} is not known; {did_you_mean(name, available_datasets())}; hf:NAME takes a Hugging Face data set"
         )
-    mean, std = STATISTICS["hf" if rows_of else name]
+    mean, std = STATISTICS[kind]
     shape = {"img_size": cfg.model.img_size, "in_chans": cfg.model.in_chans, "mean": mean, "std": std}
     decoding = {"num_workers": cfg.data.num_workers, "max_unreadable_share": cfg.data.max_unreadable_share}
-    if rows_of:
+    if kind == "hf":
         return RowImages(*_hugging_face_rows(rows_of, split), **decoding, **shape)
     if name in ("imagefolder", "imagenette"):
         return FolderImages(*_folder_files(name, Path(cfg.data.root), split), **decoding, **shape)
