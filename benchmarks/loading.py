@@ -4,11 +4,12 @@
 
 Sets in memory: the next augmented batch beside a step of the default config. Folders: JPEG files of 500 x 375, made here from the
 photograph that ships with the package, read in this process and in as many workers as there are cores, beside Pillow decoding the same
-files in one process and doing nothing else.
+files in one process, with and without the scaling of a crop, and doing nothing else.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from benchmarks.step import images_of, make_step
 from benchmarks.timing import Contender, in_turn, milliseconds, parser, plain, tell
 from wejepa.config import DataConfig, IJepaConfig, ModelConfig, default_config
 from wejepa.data import example_photograph, load_images, training_batches
+from wejepa.train.memory import freed_memory_kept
 
-FILES, BATCH = 256, 64
+FILES, BATCH = 1024, 64
 
 
 def make_batches(cfg: IJepaConfig) -> Callable[[], Any]:
@@ -41,12 +43,14 @@ def make_batches(cfg: IJepaConfig) -> Callable[[], Any]:
 
 def make_epoch(cfg: IJepaConfig) -> Callable[[], Any]:
     """All batches of an epoch, the start of the workers included."""
-    source = load_images(cfg, "train")
-    return lambda: sum(1 for _ in training_batches(source, cfg, 0))
+    multiprocessing.set_start_method("fork", force=True)  # as on Linux by default; this process itself was spawned
+    source, kept = load_images(cfg, "train"), freed_memory_kept()  # as in training
+    kept.__enter__()
+    return lambda kept=kept: sum(1 for _ in training_batches(source, cfg, 0))
 
 
-def make_decoding(root: str, size: int) -> Callable[[], Any]:
-    """Pillow alone, at the same reduced scale for which the loader asks."""
+def make_decoding(root: str, size: int, scaled: bool) -> Callable[[], Any]:
+    """Pillow alone, at the same reduced scale for which the loader asks; with a crop of the usual area scaled to a square, or not."""
     from PIL import Image
 
     files = sorted(Path(root).rglob("*.jpg"))
@@ -56,6 +60,10 @@ def make_decoding(root: str, size: int) -> Callable[[], Any]:
             with Image.open(file) as image:
                 image.draft(None, (2 * size, 2 * size))
                 image.load()
+                if scaled:
+                    side, box = 0.65**0.5, (0.1, 0.1)  # the mean of the crops' areas
+                    corners = [share * length for share, length in zip((*box, *(b + side for b in box)), 2 * image.size, strict=True)]
+                    image.resize((size, size), Image.Resampling.BILINEAR, box=corners, reducing_gap=2.0)
 
     return decode
 
@@ -98,14 +106,15 @@ def folders(args) -> None:
     with tempfile.TemporaryDirectory() as root:
         write_folder(Path(root))
         contenders = [
-            Contender("Pillow alone, one process", make_decoding, (root, 224)),
+            Contender("Pillow alone, decoding", make_decoding, (root, 224, False)),
+            Contender("Pillow alone, decoding and scaling", make_decoding, (root, 224, True)),
             Contender("ours, no workers", make_epoch, (folder_config(root, 0),)),
             Contender(f"ours, {cores} workers", make_epoch, (folder_config(root, cores),)),
         ]
         times = in_turn(contenders, args.repeats, warmup=1)
-    alone = times["Pillow alone, one process"].median
+    alone = times["Pillow alone, decoding and scaling"].median
     rows = [[name, *milliseconds(t), f"{FILES / t.median:.0f}", f"{alone / t.median:.2f}"] for name, t in times.items()]
-    head = ["", "median, ms", "10 to 90 %, ms", "images/s", "times Pillow's rate on one core"]
+    head = ["", "median, ms", "10 to 90 %, ms", "images/s", "times Pillow's rate with scaling, on one core"]
     tell(f"{FILES} JPEG files of 500 x 375, wall time", head, rows, plain(times), args)
 
 

@@ -69,13 +69,13 @@ def sample_block_masks(batch_size: int, grid_size: tuple[int, int], cfg: MaskCon
     corner = top * cols + left  # (B, M)
 
     # Count each image's covered patches block by block; a block that would overdraw the room repeats the first.
-    covered = torch.zeros(batch_size, patches, dtype=torch.bool)
+    covered = torch.zeros(batch_size, patches)
     fit = min(room // len(offsets), blocks)  # so many blocks leave room enough wherever they are
-    covered.scatter_(1, (corner[:, :fit, None] + offsets).flatten(1), True)
+    covered.scatter_(1, (corner[:, :fit, None] + offsets).flatten(1), 1)
     for m in range(fit, blocks):
-        new = (~covered.gather(1, corner[:, m, None] + offsets)).sum(1)
+        new = (1 - covered.gather(1, corner[:, m, None] + offsets)).sum(1)
         corner[:, m] = torch.where(covered.sum(1) + new > room, corner[:, 0], corner[:, m])
-        covered.scatter_(1, corner[:, m, None] + offsets, True)
+        covered.scatter_(1, corner[:, m, None] + offsets, 1)
     targets = corner[..., None] + offsets  # (B, M, Nt)
 
     # Context: a random order of the free patches, those inside the context block first; the first Nc are kept.
@@ -83,8 +83,8 @@ def sample_block_masks(batch_size: int, grid_size: tuple[int, int], cfg: MaskCon
     top, left = _corners((batch_size, 1), grid_size, (high, wide), generator)
     row, col = torch.arange(grid_size[0]), torch.arange(cols)
     rows, columns = (row >= top) & (row < top + high), (col >= left) & (col < left + wide)  # (B, H) and (B, W)
-    inside = (rows[:, :, None] & columns[:, None]).flatten(1)  # (B, N)
-    rank = torch.rand(batch_size, patches, generator=generator).add_(inside).masked_fill_(covered, -1)
+    inside = (rows.float()[:, :, None] * columns.float()[:, None]).flatten(1)  # (B, N), in float32 as the rest: types that mix are slow
+    rank = torch.rand(batch_size, patches, generator=generator).add_(inside).sub_(covered, alpha=3)  # covered ones below zero
     return Masks(_largest(rank, context_size), targets)
 
 
