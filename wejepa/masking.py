@@ -66,17 +66,17 @@ def sample_block_masks(batch_size: int, grid_size: tuple[int, int], cfg: MaskCon
     top, left = _corners((batch_size, blocks), grid_size, (height, width), generator)
     down, across = torch.arange(height), torch.arange(width)
     offsets = (down[:, None] * cols + across).flatten()  # (Nt,)
-    corner = top * cols + left  # (B, M)
+    targets = (top * cols + left)[..., None] + offsets  # (B, M, Nt)
 
     # Count each image's covered patches block by block; a block that would overdraw the room repeats the first.
     covered = torch.zeros(batch_size, patches)
     fit = min(room // len(offsets), blocks)  # so many blocks leave room enough wherever they are
-    covered.scatter_(1, (corner[:, :fit, None] + offsets).flatten(1), 1)
+    covered.scatter_(1, targets[:, :fit].flatten(1), 1)
     for m in range(fit, blocks):
-        new = (1 - covered.gather(1, corner[:, m, None] + offsets)).sum(1)
-        corner[:, m] = torch.where(covered.sum(1) + new > room, corner[:, 0], corner[:, m])
-        covered.scatter_(1, corner[:, m, None] + offsets, 1)
-    targets = corner[..., None] + offsets  # (B, M, Nt)
+        block = targets[:, m]  # (B, Nt)
+        new = (1 - covered.gather(1, block)).sum(1)
+        targets[:, m] = torch.where((covered.sum(1) + new > room)[:, None], targets[:, 0], block)
+        covered.scatter_(1, targets[:, m], 1)
 
     # Context: a random order of the free patches, those inside the context block first; the first Nc are kept.
     high, wide = _block_shape(grid_size, cfg.context_scale, cfg.context_aspect_ratio, generator, patches)
