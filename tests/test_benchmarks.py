@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import loading
 from benchmarks.against_peers import make_transformers_encoder, peer
 from benchmarks.curve import averaged, seconds_to
 from benchmarks.learning import merge, table
@@ -53,6 +54,14 @@ def test_contenders_take_turns_in_processes_of_their_own():
     times = in_turn([Contender("one", make_counter, (0,)), Contender("two", make_counter, (1,))], repeats=3, warmup=1)
     assert [len(t.seconds) for t in times.values()] == [3, 3] and list(times) == ["one", "two"]
     assert all(s >= 0 for t in times.values() for s in t.seconds)
+
+
+def test_a_contender_reads_a_folder_with_workers_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "FILES", loading.BATCH)
+    loading.write_folder(tmp_path)
+    ours = Contender("ours", loading.make_epoch, (loading.folder_config(str(tmp_path), 2),))
+    alone = Contender("alone", loading.make_decoding, (str(tmp_path), 224, True))
+    assert all(len(t.seconds) == 1 and t.median > 0 for t in in_turn([ours, alone], repeats=1, warmup=0).values())
 
 
 def test_processor_time_is_for_one_thread():

@@ -103,3 +103,8 @@ def test_kept_patches_are_those_of_the_whole_image():
     embed, images = PatchEmbed(4, 3, 8), torch.randn(2, 1, 12, 16).expand(-1, 3, -1, -1)
     keep = torch.tensor([[0, 5, 11], [7, 2, 3]])
     torch.testing.assert_close(embed(images, keep), take(embed(images), keep), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_lie_in_memory_as_later_layers_read_them():
+    embed, images = PatchEmbed(4, 3, 8), torch.randn(2, 3, 16, 8)
+    assert embed(images).is_contiguous() and embed(images, torch.tensor([[0, 5], [1, 2]])).is_contiguous()
