@@ -4,6 +4,7 @@ torchrun --standalone --nproc-per-node=2 tests/ranks.py FOLDER
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -105,3 +106,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # as wejepa.train.pretrain ends under torchrun

@@ -80,6 +80,7 @@ def test_more_than_can_be_told_apart_is_refused_and_ten_curves_differ():
     ):
         with pytest.raises(ValueError, match="can be told apart"):
             too_many()
+    assert not plt.get_fignums()  # what is refused leaves no figure open
 
 
 def test_bands_hold_their_lines():

@@ -137,9 +137,10 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
         title: above the figure.
     """
     panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
+    styles = line_styles(runs)
     fig, axes = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained")
     for ax, (key, name) in zip(axes.flat, panels, strict=True):
-        for (run, histories), style in zip(runs.items(), line_styles(runs), strict=True):
+        for (run, histories), style in zip(runs.items(), styles, strict=True):
             for i, history in enumerate(histories):
                 values = [entry[key] for entry in history]
                 label = run if i == 0 else None
@@ -158,9 +159,9 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
 def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test accuracy under one protocol") -> Figure:
     """Bars for each row of a `Comparison`, one group for each way of reading the tokens."""
     groups = (("mean", "mean-pooled tokens"), ("grid", "tokens on a 4 x 4 grid"), ("knn", "k-NN"))
+    _check_count(rows, len(BAR_COLOURS), "encoders")
     fig, ax = plt.subplots(figsize=(8.5, 3.6), layout="constrained")
     width = 0.8 / len(rows)
-    _check_count(rows, len(BAR_COLOURS), "encoders")
     for i, ((name, row), colour) in enumerate(zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True)):
         at = [g + (i - (len(rows) - 1) / 2) * width for g in range(len(groups))]
         bars = ax.bar(at, [100 * row[key] for key, _ in groups], width * 0.92, color=colour, label=name)
@@ -174,8 +175,9 @@ def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test acc
 
 def plot_bands(x_values: Sequence[float], curves: dict[str, Tensor], *, x: str, y: str, title: str = "") -> Figure:
     """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten."""
+    styles = line_styles(curves)
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (name, values), style in zip(curves.items(), line_styles(curves), strict=True):
+    for (name, values), style in zip(curves.items(), styles, strict=True):
         values = torch.as_tensor(values).float()
         ax.fill_between(x_values, values.amin(0), values.amax(0), color=style["color"], alpha=0.18, linewidth=0)
         ax.plot(x_values, values.mean(0), label=name, **style)
@@ -325,8 +327,9 @@ def plot_curves(
     x_values: Sequence[float], curves: dict[str, Sequence[float]], *, x: str, y: str, title: str = "", log_x: bool = True
 ) -> Figure:
     """Lines by name over common x values."""
+    styles = line_styles(curves)
     fig, ax = plt.subplots(figsize=(6.2, 3.5), layout="constrained")
-    for (name, values), style in zip(curves.items(), line_styles(curves), strict=True):
+    for (name, values), style in zip(curves.items(), styles, strict=True):
         ax.plot(x_values, values, label=name, **style)
     if log_x:
         ax.set_xscale("log", base=2)

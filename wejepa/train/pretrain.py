@@ -142,4 +142,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Everything is on the disk. The interpreter's end would take gloo's threads apart in any order, and a finished job now and then
+        # ends with "terminate called without an active exception", which torchrun takes for a failure.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
