@@ -5,7 +5,7 @@
 
 Starts from the 32 x 32 configuration of `benchmarks.step`, with batches of 32, and changes one thing at a time. *Exponent*: 1 where twice
 the size takes twice the time. Ranks: one process with two threads beside two processes with one thread each, started by turns, on the same
-whole batch.
+whole batch, at both configurations and at the default config, which the quick tour takes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import torch
 
 from benchmarks.step import CONFIGURATIONS, configuration, images_of, make_step
 from benchmarks.timing import Contender, Times, in_turn, milliseconds, parser, plain, ratio, tell
-from wejepa.config import IJepaConfig
+from wejepa.config import IJepaConfig, default_config
 
 SIZES = {"batch": (32, 64, 128), "depth": (3, 6, 12), "tokens": (64, 144, 256), "width": (96, 192, 384)}
+TOUR = "the default config"
 MARK = "seconds of each step: "
 
 
@@ -65,8 +66,8 @@ def rank_work(name: str, steps: int) -> None:
     from wejepa.train.memory import freed_memory_kept
 
     with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
-        cfg = configuration(name)
-        cfg.hardware.output_dir = folder
+        cfg = default_config() if name == TOUR else configuration(name)
+        cfg.hardware.device, cfg.hardware.output_dir = "cpu", folder
         run = Pretraining(cfg)
         images, seconds = images_of(cfg).chunk(run.ranks.world)[run.ranks.rank], []
         for _ in range(steps + 2):
@@ -89,11 +90,12 @@ def started(ranks: int, name: str, steps: int) -> list[float]:
 
 
 def ranks(args) -> None:
-    for name in CONFIGURATIONS:
+    for name in (*CONFIGURATIONS, TOUR):
         times = {"one process, two threads": Times(), "two processes, one thread each": Times()}
+        steps = max(3, args.repeats // 3) * (30 if name == TOUR else 1)  # a tenth of a second each, and slower until memory is warm
         for _ in range(3):
             for (_, taken), count in zip(times.items(), (1, 2), strict=True):
-                taken.seconds.append(statistics.median(started(count, name, max(3, args.repeats // 3))))
+                taken.seconds.append(statistics.median(started(count, name, steps)))
         one = times["one process, two threads"]
         rows = [[kind, *milliseconds(t), f"{ratio(one, t):.2f}"] for kind, t in times.items()]
         head = ["", "median, ms", "lowest to highest, ms", "throughput"]
