@@ -123,9 +123,8 @@ def main() -> None:
     old, new = averaged(curves["before"]), averaged(curves["now"])
     print(f"\nThe same epochs: {old[-1]['seconds'] / new[-1]['seconds']:.2f} times as fast")
     ended = old[-1]["mean"]  # on a curve that is flat by then, the first time there is mostly chance: for both alike
-    print(
-        f"{100 * ended:.1f} %, where it ended before, first reached: before {seconds_to(old, ended):.0f} s, now {seconds_to(new, ended):.0f} s"
-    )
+    first, now = seconds_to(old, ended), seconds_to(new, ended)
+    print(f"{100 * ended:.1f} %, where it ended before, was first reached after {first:.0f} s before and {now:.0f} s now")
 
 
 if __name__ == "__main__":
