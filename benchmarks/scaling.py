@@ -5,7 +5,8 @@
 
 Starts from the 32 x 32 configuration of `benchmarks.step`, with batches of 32, and changes one thing at a time. *Exponent*: 1 where twice
 the size takes twice the time. Ranks: one process with two threads beside two processes with one thread each, started by turns, on the same
-whole batch, at both configurations and at the default config, which the quick tour takes.
+whole batch, at both configurations and at the default config, which the quick tour takes. The share is that of `benchmarks.step`, beside
+products that all processes of the same start do at the same time, each step's after it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import time
 
 import torch
 
-from benchmarks.step import CONFIGURATIONS, configuration, images_of, make_step
-from benchmarks.timing import Contender, Times, in_turn, milliseconds, parser, plain, ratio, tell
+from benchmarks.step import CONFIGURATIONS, arithmetic, configuration, images_of, make_step
+from benchmarks.timing import Contender, Times, in_turn, matrix_products, milliseconds, parser, plain, product_arithmetic, ratio, tell
 from wejepa.config import IJepaConfig, default_config
 
 SIZES = {"batch": (32, 64, 128), "depth": (3, 6, 12), "tokens": (64, 144, 256), "width": (96, 192, 384)}
 TOUR = "the default config"
-MARK = "seconds of each step: "
+MARK = "seconds of each step, and of products after it: "
 
 
 def sized(what: str, size: int) -> IJepaConfig:
@@ -60,28 +61,36 @@ def growth(what: str, args) -> None:
 # ---------------------------------------------------------------- ranks
 
 
+def config_of(name: str) -> IJepaConfig:
+    cfg = default_config() if name == TOUR else configuration(name)
+    cfg.hardware.device = "cpu"
+    return cfg
+
+
 def rank_work(name: str, steps: int) -> None:
-    """As a process of a run, or alone: takes steps and, as the first, prints their times."""
+    """As a process of a run, or alone: takes steps and products by turns and, as the first, prints their times."""
     from wejepa.train.loop import Pretraining
     from wejepa.train.memory import freed_memory_kept
 
     with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
-        cfg = default_config() if name == TOUR else configuration(name)
-        cfg.hardware.device, cfg.hardware.output_dir = "cpu", folder
+        cfg = config_of(name)
+        cfg.hardware.output_dir = folder
         run = Pretraining(cfg)
-        images, seconds = images_of(cfg).chunk(run.ranks.world)[run.ranks.rank], []
+        images, products = images_of(cfg).chunk(run.ranks.world)[run.ranks.rank], matrix_products("bfloat16")
+        seconds = []
         for _ in range(steps + 2):
-            run.ranks.sum(0)  # together
-            start = time.perf_counter()
-            run.train_step(images)
-            run.ranks.sum(0)
-            seconds.append(time.perf_counter() - start)
+            for work in (lambda: run.train_step(images), products):
+                run.ranks.sum(0)  # together
+                start = time.perf_counter()
+                work()
+                run.ranks.sum(0)
+                seconds.append(time.perf_counter() - start)
         if run.ranks.first:
-            print(MARK + json.dumps(seconds[2:]), flush=True)
+            print(MARK + json.dumps([seconds[4::2], seconds[5::2]]), flush=True)
         run.ranks.leave()
 
 
-def started(ranks: int, name: str, steps: int) -> list[float]:
+def started(ranks: int, name: str, steps: int) -> tuple[list[float], list[float]]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     threads = os.environ | {"OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
     call = [sys.executable, *launcher, "-m", "benchmarks.scaling", "--work", name, str(steps)]
@@ -91,15 +100,20 @@ def started(ranks: int, name: str, steps: int) -> list[float]:
 
 def ranks(args) -> None:
     for name in (*CONFIGURATIONS, TOUR):
-        times = {"one process, two threads": Times(), "two processes, one thread each": Times()}
+        kinds = {"one process, two threads": 1, "two processes, one thread each": 2}
+        times, shares = {kind: Times() for kind in kinds}, {kind: [] for kind in kinds}
         steps = max(3, args.repeats // 3) * (30 if name == TOUR else 1)  # a tenth of a second each, and slower until memory is warm
         for _ in range(3):
-            for (_, taken), count in zip(times.items(), (1, 2), strict=True):
-                taken.seconds.append(statistics.median(started(count, name, steps)))
+            for kind, count in kinds.items():
+                step, products = (statistics.median(taken) for taken in started(count, name, steps))
+                times[kind].seconds.append(step)
+                shares[kind].append(arithmetic(config_of(name)) / step / (count * product_arithmetic() / products))
         one = times["one process, two threads"]
-        rows = [[kind, *milliseconds(t), f"{ratio(one, t):.2f}"] for kind, t in times.items()]
-        head = ["", "median, ms", "lowest to highest, ms", "throughput"]
-        tell(f"Ranks at {name}, three starts each, wall time", head, rows, plain(times), args)
+        rows = [
+            [kind, *milliseconds(t), f"{ratio(one, t):.2f}", f"{100 * statistics.median(shares[kind]):.0f}"] for kind, t in times.items()
+        ]
+        head = ["", "median, ms", "lowest to highest, ms", "throughput", "% of the bfloat16 products' rate"]
+        tell(f"Ranks at {name}, three starts each, wall time", head, rows, plain(times) | {"shares": shares}, args)
 
 
 def main() -> None:
