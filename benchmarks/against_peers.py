@@ -25,10 +25,11 @@ from benchmarks.step import CONFIGURATIONS, configuration, images_of, make_step
 from benchmarks.timing import Contender, in_turn, milliseconds, parser, plain, ratio, tell
 from wejepa.config import IJepaConfig
 from wejepa.data import generator_for
+from wejepa.devices import autocast
 from wejepa.masking import sample_block_masks
+from wejepa.memory import freed_memory_kept
 from wejepa.model import IJEPA_base
-from wejepa.train.loop import MASKS, autocast
-from wejepa.train.memory import freed_memory_kept
+from wejepa.train.loop import MASKS
 
 CPU = torch.device("cpu")
 # transformers' names for query, key, value, projection, the two norms and the perceptron's two maps.

@@ -18,6 +18,7 @@ import torch
 from wejepa.config import STAGE_WIDTHS, IJepaConfig, adapt_config_for_backbone, default_config
 from wejepa.masking import sample_block_masks
 from wejepa.model import IJEPA_base
+from wejepa.train.callbacks import OnEpoch
 from wejepa.train.finetune import FinetuneConfig, compare_pretrained_vs_scratch
 from wejepa.train.loop import Pretraining
 
@@ -35,7 +36,7 @@ def config_for(name: str, img_size: int) -> IJepaConfig:
 def masking_cost(name: str, img_size: int = 224, images: int = 4, repeats: int = 5) -> float:
     """Time of the student on a masked image over its time on as many pixels as the context has: what dropping patches would cost."""
     cfg = config_for(name, img_size)
-    model = IJEPA_base.from_config(cfg).eval()
+    model = IJEPA_base(cfg).eval()
     x = torch.randn(images, 3, img_size, img_size)
     context = sample_block_masks(images, cfg.grid_size, cfg.mask).context
     rows = max(1, round(context.shape[1] / cfg.grid_size[1]))  # whole rows of patches, about as many as the context
@@ -76,9 +77,9 @@ def main() -> None:
         cfg.optimizer.epochs = args.epochs
         with tempfile.TemporaryDirectory() as folder:
             cfg.hardware.output_dir = folder
-            run = Pretraining(cfg)
+            run = Pretraining(cfg, callbacks=[OnEpoch(lambda entry: print(entry, flush=True))])
             start = time.perf_counter()
-            run.run(report=lambda entry: print(entry, flush=True))
+            run.run()
             spent = time.perf_counter() - start
         protocol = FinetuneConfig(labels_per_class=args.labels, supervised_epochs=args.supervised_epochs)
         compared = compare_pretrained_vs_scratch(protocol, run.model.eval(), spent)

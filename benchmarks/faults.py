@@ -22,7 +22,8 @@ import torch
 
 from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig, OptimizerConfig
 from wejepa.errors import CheckpointError
-from wejepa.train.checkpoints import CheckpointFolder, load_checkpoint
+from wejepa.train.checkpoints import load_checkpoint
+from wejepa.train.folder import CheckpointFolder
 from wejepa.train.pretrain import launch_pretraining
 
 EPOCHS, STEPS = 3, 60

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from wejepa.config import IJepaConfig, default_config
+from wejepa.train.callbacks import OnEpoch
 from wejepa.train.finetune import FinetuneConfig, Judge, train_supervised, untrained
 from wejepa.train.loop import Pretraining
 
@@ -32,9 +33,9 @@ def seconds_per_epoch(cfg: IJepaConfig) -> float:
     """The time of a whole epoch, its monitoring included, after one to warm up."""
     cfg = cfg.copy()
     cfg.optimizer.epochs = 2
-    run = Pretraining(cfg)
+    run = Pretraining(cfg, callbacks=[OnEpoch(lambda entry: times.append(time.perf_counter()))])
     times = [time.perf_counter()]
-    run.run(report=lambda entry: times.append(time.perf_counter()))
+    run.run()
     return times[2] - times[1]
 
 

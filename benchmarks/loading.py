@@ -22,7 +22,7 @@ from benchmarks.step import images_of, make_step
 from benchmarks.timing import Contender, in_turn, milliseconds, parser, plain, tell
 from wejepa.config import DataConfig, IJepaConfig, ModelConfig, default_config
 from wejepa.data import example_photograph, load_images, training_batches
-from wejepa.train.memory import freed_memory_kept
+from wejepa.memory import freed_memory_kept
 
 FILES, BATCH = 1024, 64
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Contender, in_turn, milliseconds, parser, plain, tell
-from wejepa.analysis.features import knn_accuracy, pool_tokens
+from wejepa.analysis.features import encode_images, knn_accuracy, pool_tokens
 from wejepa.config import default_config
 from wejepa.data import load_images
 from wejepa.train.finetune import FinetuneConfig, fit_probe, untrained
-from wejepa.train.loop import encode_images
 
 
 def make_extraction(bfloat16: bool) -> Callable[[], Any]:

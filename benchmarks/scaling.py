@@ -69,8 +69,8 @@ def config_of(name: str) -> IJepaConfig:
 
 def rank_work(name: str, steps: int) -> None:
     """As a process of a run, or alone: takes steps and products by turns and, as the first, prints their times."""
+    from wejepa.memory import freed_memory_kept
     from wejepa.train.loop import Pretraining
-    from wejepa.train.memory import freed_memory_kept
 
     with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
         cfg = config_of(name)

@@ -20,8 +20,8 @@ import torch
 from benchmarks.timing import Contender, in_turn, matrix_products, milliseconds, parser, plain, product_arithmetic, ratio, tell
 from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig
 from wejepa.masking import sample_block_masks
+from wejepa.memory import freed_memory_kept
 from wejepa.train.loop import Pretraining
-from wejepa.train.memory import freed_memory_kept
 
 CONFIGURATIONS = ("32 x 32", "224 x 224")
 

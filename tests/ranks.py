@@ -23,9 +23,10 @@ from wejepa.config import (
     adapt_config_for_backbone,
     default_config,
 )
-from wejepa.train.checkpoints import CheckpointFolder
-from wejepa.train.distributed import IJepaLoss, Ranks, whole
+from wejepa.model import IJepaLoss
+from wejepa.train.folder import CheckpointFolder
 from wejepa.train.loop import Pretraining
+from wejepa.train.ranks import Ranks, gathered
 
 STEPS = 20
 
@@ -54,7 +55,7 @@ def train(cfg: IJepaConfig, resume=None, break_synchronisation=False) -> dict:
 
     run.train_step = recorded
     run.run()
-    flat = torch.cat([whole(p.detach()).flatten() for p in run.model.parameters()]).double()
+    flat = torch.cat([gathered(p.detach()).flatten() for p in run.model.parameters()]).double()
     mine, firsts = flat.clone(), flat.clone()
     if run.ranks.world > 1:
         dist.broadcast(firsts, 0)

@@ -15,11 +15,12 @@ from torchvision.ops import StochasticDepth
 from wejepa.analysis.attention import attention_rollout, record_attention
 from wejepa.analysis.visualization import visualize_attention_scores
 from wejepa.backbones import StageEncoder, copy_vit_weights, window_attention
-from wejepa.config import BACKBONES, STAGE_WIDTHS, VIT_SIZES, ModelConfig, adapt_config_for_backbone, default_config, hf224_config
+from wejepa.config import ModelConfig, adapt_config_for_backbone, default_config, hf224_config
 from wejepa.data import training_batches
 from wejepa.errors import ConfigError, DataError
 from wejepa.masking import sample_block_masks
 from wejepa.model import Encoder, IJEPA_base
+from wejepa.presets import BACKBONES, STAGE_WIDTHS, VIT_SIZES
 from wejepa.train.checkpoints import load_model
 from wejepa.train.finetune import train_supervised, untrained
 from wejepa.train.loop import Pretraining, parameter_groups
@@ -391,7 +392,7 @@ def test_weights_that_cannot_be_had_are_one_clear_error(monkeypatch, name):
     cfg = adapt_config_for_backbone(default_config(), name)
     cfg.model.classification_pretrained = True
     with pytest.raises(DataError, match="classification_pretrained = false"):
-        IJEPA_base.from_config(cfg)
+        IJEPA_base(cfg)
 
 
 def test_training_with_labels_unfreezes_and_leaves_usable_statistics(tmp_path):

@@ -15,8 +15,7 @@ from benchmarks.scaling import exponent
 from benchmarks.step import arithmetic, configuration
 from benchmarks.timing import Contender, Times, in_turn, milliseconds, ratio, tell
 from wejepa.masking import sample_block_masks
-from wejepa.model import IJEPA_base
-from wejepa.train.distributed import IJepaLoss
+from wejepa.model import IJEPA_base, IJepaLoss
 
 
 def write(path, tested, **rows):

@@ -223,7 +223,7 @@ def test_the_columns_are_the_probes_of_each_pooling(model):
 def test_the_random_row_is_the_model_as_its_pretraining_began(model):
     """Judged before any training, the first two rows must be the same encoder."""
     torch.manual_seed(model.cfg.hardware.seed)
-    fresh = IJEPA_base.from_config(model.cfg)
+    fresh = IJEPA_base(model.cfg)
     rows = list(compare_pretrained_vs_scratch(protocol(), fresh).rows.values())
     assert all(rows[0][key] == rows[1][key] for key in ("mean", "grid", "knn"))
 
@@ -250,7 +250,7 @@ def test_the_supervised_encoder_is_trained_and_serves_under_both_names(model, mo
     source = finetune.load_images(model.cfg)
     supervised = finetune.train_supervised(model.cfg, source, torch.arange(60), protocol())
     torch.manual_seed(protocol().seed)
-    untrained = IJEPA_base.from_config(model.cfg).student_encoder.state_dict()
+    untrained = IJEPA_base(model.cfg).student_encoder.state_dict()
     teacher = supervised.teacher_encoder.state_dict()
     for name, value in supervised.student_encoder.state_dict().items():
         assert torch.equal(value, teacher[name]) and not torch.equal(value, untrained[name]), name

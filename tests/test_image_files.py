@@ -17,9 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from wejepa import data
 from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig
-from wejepa.data import FolderImages, load_images, naming_dead_workers, read_image, training_batches
+from wejepa.data import IMAGENET, FolderImages, decoding, load_images, naming_dead_workers, read_image, sources, training_batches
 from wejepa.errors import DataError
 from wejepa.model import IJEPA_base
 from wejepa.train import finetune
@@ -90,7 +89,7 @@ def folder(tmp_path):
 
 def grey_of(batch: torch.Tensor) -> list[int]:
     """Which image of the fixture each one of a batch (B, C, S, S) is."""
-    mean, std = data.IMAGENET
+    mean, std = IMAGENET
     return ((batch[:, 0].mean((1, 2)) * std[0] + mean[0]) * 255 / 20).round().int().tolist()
 
 
@@ -246,8 +245,8 @@ def test_a_large_photo_is_decoded_at_a_smaller_size(tmp_path, monkeypatch):
     y, x = np.mgrid[0:600, 0:800]
     waves = [127 + 60 * np.sin(x / a + y / b) + 60 * np.sin(y / 40 + c) for a, b, c in ((50, 90, 0), (70, -60, 1), (30, 200, 2))]
     Image.fromarray(np.stack(waves, -1).astype(np.uint8)).save(tmp_path / "1.jpg", quality=95)
-    sizes, original = [], data._in_colour
-    monkeypatch.setattr(data, "_in_colour", lambda image: sizes.append(image.size) or original(image))
+    sizes, original = [], decoding._in_colour
+    monkeypatch.setattr(decoding, "_in_colour", lambda image: sizes.append(image.size) or original(image))
     crops = {
         None: (100, 75),
         (0.0, 0.1, 0.9, 0.4, 0.0): (200, 150),
@@ -379,7 +378,7 @@ def test_files_that_all_are_unreadable_are_refused(folder, share, workers, use):
 def test_the_search_for_a_stand_in_ends_where_the_share_does(folder, monkeypatch):
     """A million unreadable files are not all tried before the first is told of."""
     tried = []
-    monkeypatch.setattr(data, "read_image", lambda *args: tried.append(args) or 1 / 0)
+    monkeypatch.setattr(sources, "read_image", lambda *args: tried.append(args) or 1 / 0)
     pixels, failed = load_images(folder_config(folder, share=0.25))[(10, WHOLE)]
     assert pixels is None and [i for i, _ in failed] == [10, 11, 0, 1] and len(tried) == 4
 
@@ -401,8 +400,8 @@ def test_which_files_are_readable(folder, workers):
 
 def test_files_are_judged_once(folder, monkeypatch):
     damage(folder / "train" / "cat" / "01.jpg", "empty")
-    source, read, original = load_images(folder_config(folder)), [], data.read_image
-    monkeypatch.setattr(data, "read_image", lambda path, *rest: read.append(path.stem) or original(path, *rest))
+    source, read, original = load_images(folder_config(folder)), [], sources.read_image
+    monkeypatch.setattr(sources, "read_image", lambda path, *rest: read.append(path.stem) or original(path, *rest))
     with warned() as texts:
         source.readable(torch.tensor([0, 1, 2]))
         assert source.readable(torch.tensor([2, 1, 3])).tolist() == [2, 3]

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from wejepa.train import memory
-from wejepa.train.memory import freed_memory_kept
+from wejepa import memory
+from wejepa.memory import freed_memory_kept
 
 # Whether a large tensor is mapped from the system, by glibc's own count. Page faults would tell less: huge pages hide them.
 MAPPED = """
 import ctypes, json, psutil, torch
-from wejepa.train.memory import freed_memory_kept
+from wejepa.memory import freed_memory_kept
 class Info(ctypes.Structure):  # its fourth number counts the mapped regions
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
 libc = ctypes.CDLL(None)

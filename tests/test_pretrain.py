@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from wejepa import devices
 from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig, OptimizerConfig, default_config, hf224_config
 from wejepa.errors import CheckpointError, ConfigError, DataError, TrainingError
-from wejepa.train import loop
+from wejepa.train.callbacks import OnEpoch
 from wejepa.train.checkpoints import load_checkpoint, load_model
 from wejepa.train.loop import Pretraining, parameter_groups
 from wejepa.train.pretrain import launch_pretraining, main
@@ -107,7 +108,7 @@ def test_the_loss_falls_where_the_targets_stand_still(cfg):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_where_it_is_native_and_float32_elsewhere(cfg, monkeypatch, native):
-    monkeypatch.setattr(loop, "computes_bfloat16", lambda device: native)
+    monkeypatch.setattr(devices, "computes_bfloat16", lambda device: native)
     cfg.hardware.mixed_precision, cfg.optimizer.epochs = True, 2
     run, seen = Pretraining(cfg), set()
     run.model.student_encoder.blocks[0].attn.proj.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
@@ -118,7 +119,7 @@ def test_bfloat16_where_it_is_native_and_float32_elsewhere(cfg, monkeypatch, nat
 
 
 def test_bfloat16_can_be_declined(cfg, monkeypatch):
-    monkeypatch.setattr(loop, "computes_bfloat16", lambda device: True)
+    monkeypatch.setattr(devices, "computes_bfloat16", lambda device: True)
     run, seen = Pretraining(cfg), set()
     run.model.student_encoder.blocks[0].attn.proj.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
     run.train_step(torch.randn(8, 1, 16, 16))
@@ -242,7 +243,7 @@ def interrupt(cfg: IJepaConfig, in_epoch: int, resume=None) -> None:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        Pretraining(cfg, resume).run(report)
+        Pretraining(cfg, resume, callbacks=[OnEpoch(report)]).run()
 
 
 @pytest.mark.parametrize("by_name", [True, False])

@@ -20,8 +20,9 @@ from ranks import STEPS, tiny_config
 from benchmarks import faults
 from wejepa.config import IJepaConfig
 from wejepa.errors import CheckpointError, DataError, TrainingError
-from wejepa.train import checkpoints
-from wejepa.train.checkpoints import CheckpointFolder, load_checkpoint, save_checkpoint
+from wejepa.train import folder
+from wejepa.train.checkpoints import load_checkpoint, save_checkpoint
+from wejepa.train.folder import CheckpointFolder
 from wejepa.train.interruption import RunInterrupted
 from wejepa.train.loop import Pretraining
 from wejepa.train.pretrain import launch_pretraining, main
@@ -206,7 +207,7 @@ import os, signal, torch
 from pathlib import Path
 from PIL import Image
 from ranks import tiny_config
-from wejepa.train.checkpoints import CheckpointFolder
+from wejepa.train.folder import CheckpointFolder
 original, calls = {moment}, []
 def deadly(*args, **kwargs):
     calls.append(1)
@@ -335,7 +336,7 @@ def test_a_file_system_without_links_gets_copies(cfg, whole, monkeypatch):
     def refuse(*_):
         raise OSError("Operation not permitted")
 
-    monkeypatch.setattr(checkpoints.os, "link", refuse)
+    monkeypatch.setattr(folder.os, "link", refuse)
     cfg.hardware.checkpoint_every = 1
     with pytest.raises(Ended):
         end_after(cfg, HALF + 2, die)

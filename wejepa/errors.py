@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable
 
@@ -27,6 +28,12 @@ class CheckpointError(WejepaError):
 
 class TrainingError(WejepaError):
     """A run that cannot go on: the loss is no longer finite, or nothing is left to train on."""
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """The tail of an error message: the nearest known name, and all of them when none is near."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def exit_code(command: Callable[[], None]) -> int:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from wejepa.config import IJepaConfig, hf224_config
 from wejepa.errors import CheckpointError, ConfigError, exit_code
 from wejepa.model import Encoder, IJEPA_base, Predictor
-from wejepa.train.checkpoints import load_model, save_model
+from wejepa.train.checkpoints import describe, first_fault, load_model, save_model
 
 __all__ = ["export", "from_huggingface", "from_meta", "to_huggingface"]
 
@@ -82,7 +82,7 @@ def from_huggingface(model_or_folder: nn.Module | str | Path) -> IJEPA_base:
     cfg = config_of_huggingface(config, where)
     model = IJEPA_base.without_weights(cfg)
     names = huggingface_names(cfg.model.enc_depth)
-    weights = ours(found, names, model.teacher_encoder.state_dict(), where)
+    weights = under_our_names(found, names, model.teacher_encoder.state_dict(), where)
     model.teacher_encoder.load_state_dict(weights, assign=True)
     # The student's is a second private map of the file, which takes memory only when it is trained; but for what was joined already.
     again = {} if isinstance(model_or_folder, nn.Module) else read_safetensors(folder)
@@ -105,7 +105,7 @@ def to_huggingface(model: IJEPA_base, folder: str | Path, encoder: str = "teache
         ConfigError: the encoder is a network of stages, or `safetensors` is not installed.
         CheckpointError: the folder cannot be written to.
     """
-    net, m, folder = chosen(model, encoder), model.cfg.model, Path(folder)
+    net, m, folder = model.encoder(encoder), model.cfg.model, Path(folder)
     if not isinstance(net, Encoder):
         raise ConfigError(f"model.classification_backbone = {m.classification_backbone!r} is no I-JEPA encoder: export it to .safetensors")
     config = {
@@ -127,7 +127,7 @@ def to_huggingface(model: IJEPA_base, folder: str | Path, encoder: str = "teache
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        needs("safetensors.torch").save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+        import_extra("safetensors.torch").save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     compare(read_safetensors(folder), theirs, folder)
     return folder
 
@@ -169,7 +169,7 @@ def config_of_huggingface(config: dict[str, Any], where: Any) -> IJepaConfig:
     config = {**defaults, "num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-12, **config}
     found = {our: config[their] for our, their in sizes.items()}
     found["mlp_ratio"] = ratio(config["intermediate_size"], config["hidden_size"])
-    return sized(found, where, pred_dim=max(1, found["embed_dim"] // found["num_heads"] // 2) * found["num_heads"], pred_depth=6)
+    return config_of_sizes(found, where, pred_dim=max(1, found["embed_dim"] // found["num_heads"] // 2) * found["num_heads"], pred_depth=6)
 
 
 def local_folder(name: str | Path) -> Path:
@@ -180,7 +180,7 @@ def local_folder(name: str | Path) -> Path:
         raise CheckpointError(
             f"there is no folder {name}: give one with config.json and safetensors, or a name such as 'facebook/ijepa_vith14_1k'"
         )
-    hub = needs("huggingface_hub")
+    hub = import_extra("huggingface_hub")
     try:
         return Path(hub.snapshot_download(str(name), allow_patterns=["config.json", "*.safetensors"]))
     except Exception as error:  # offline, no such name, no permission: the hub has a type for each
@@ -195,7 +195,7 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} holds no .safetensors: take a folder that save_pretrained wrote")
-    safetensors, found = needs("safetensors"), {}
+    safetensors, found = import_extra("safetensors"), {}
     for file in files:
         try:
             with safetensors.safe_open(file, "pt") as tensors:
@@ -259,7 +259,7 @@ def from_meta(path: str | Path, encoder: str = "target_encoder", num_heads: int 
     loads = [(model.student_encoder, "encoder", of_encoder), (model.teacher_encoder, "target_encoder", of_encoder)]
     loads.append((model.predictor, "predictor", of_predictor))
     for module, part, names in loads:
-        module.load_state_dict(ours(parts[part], names, module.state_dict(), f"{path}, {part}"), assign=True)
+        module.load_state_dict(under_our_names(parts[part], names, module.state_dict(), f"{path}, {part}"), assign=True)
     if encoder == "encoder":
         model.teacher_encoder.load_state_dict(
             {name: value.clone() for name, value in model.student_encoder.state_dict().items()}, assign=True
@@ -306,7 +306,7 @@ def config_of_meta(parts: dict[str, dict[str, Tensor]], num_heads: int | None, p
         "mlp_ratio": ratio(hidden("blocks", "encoder"), width),
         "pred_mlp_ratio": ratio(hidden("predictor_blocks", "predictor"), narrow),
     }
-    return sized(found, path, pred_dim=narrow, pred_depth=depth("predictor", "predictor_blocks"))
+    return config_of_sizes(found, path, pred_dim=narrow, pred_depth=depth("predictor", "predictor_blocks"))
 
 
 # ---------------------------------------------------------------- to elsewhere
@@ -328,7 +328,7 @@ def export(model: IJEPA_base, path: str | Path, encoder: str = "teacher") -> Pat
         ConfigError: an ending or encoder that is not known; a package of the extra is not installed.
         CheckpointError: it cannot be written, or what is read back differs.
     """
-    net, path = chosen(model, encoder), Path(path)
+    net, path = model.encoder(encoder), Path(path)
     if path.suffix == "":
         return to_huggingface(model, path, encoder)
     if path.suffix not in (".safetensors", ".pt2", ".onnx"):
@@ -338,7 +338,10 @@ def export(model: IJEPA_base, path: str | Path, encoder: str = "teacher") -> Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             weights = {name: value.contiguous() for name, value in net.state_dict().items()}
-            library, about = needs("safetensors.torch"), {"format": "pt", "encoder": encoder, "config": json.dumps(model.cfg.to_dict())}
+            library, about = (
+                import_extra("safetensors.torch"),
+                {"format": "pt", "encoder": encoder, "config": json.dumps(model.cfg.to_dict())},
+            )
             library.save_file(weights, path, metadata=about)
             compare(library.load_file(path), weights, path)
             return path
@@ -348,10 +351,10 @@ def export(model: IJEPA_base, path: str | Path, encoder: str = "teacher") -> Pat
             torch.export.save(torch.export.export(net, (images,), dynamic_shapes=(batch,)), path)
             read = torch.export.load(path).module()
         else:
-            needs("onnxscript")
+            import_extra("onnxscript")
             shapes = {"dynamic_shapes": (batch,), "input_names": ["images"], "output_names": ["tokens"]}
             torch.onnx.export(net, (images,), path, dynamo=True, verbose=False, **shapes)
-            session = needs("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+            session = import_extra("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
             read = lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])  # noqa: E731
         with torch.no_grad():
             for x in (images, images[:1]):
@@ -364,12 +367,6 @@ def compare(read: dict[str, Tensor], written: dict[str, Tensor], path: Path, tol
     for name, value in written.items():
         if name not in read or float((read[name] - value).abs().max()) > tolerance * float(value.abs().max()):
             raise CheckpointError(f"{path}: {name} is read back differently from what was written: write it elsewhere")
-
-
-def chosen(model: IJEPA_base, encoder: str) -> nn.Module:
-    if encoder not in ("teacher", "student"):
-        raise ConfigError(f"encoder = {encoder!r}: give 'teacher' or 'student'")
-    return model.teacher_encoder if encoder == "teacher" else model.student_encoder
 
 
 @contextlib.contextmanager
@@ -398,23 +395,18 @@ def blocks(our: str, their: str, modules: dict[str, tuple[str, ...]], depth: int
     }
 
 
-def ours(found: dict[str, Tensor], names: Names, like: dict[str, Tensor], where: Any) -> dict[str, Tensor]:
+def under_our_names(found: dict[str, Tensor], names: Names, like: dict[str, Tensor], where: Any) -> dict[str, Tensor]:
     """Their tensors under our names, in float32, without a copy where they are that already.
 
     Raises:
         CheckpointError: naming the first key that is missing, unexpected or of another shape, and counting the others.
     """
-    shapes = {}
+    expected = {}
     for our, theirs in names.items():
         first, *rest = like[our].shape
-        shapes |= {their: (first // len(theirs), *rest) for their in theirs}
-    faults = [f"{name} is missing" for name in shapes if name not in found]
-    faults += [f"{name} is unexpected" for name in found if name not in shapes]
-    given = {name: tuple(value.shape) for name, value in found.items()}
-    faults += [f"{name} is {given[name]}, not {shape}" for name, shape in shapes.items() if name in found and given[name] != shape]
-    if faults:
-        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise CheckpointError(f"{where}: {faults[0]}{more}; take a checkpoint with exactly the keys of an I-JEPA of its size")
+        expected |= {their: f"{(first // len(theirs), *rest)}" for their in theirs}
+    if fault := first_fault(describe(found), expected):
+        raise CheckpointError(f"{where}: {fault}; take a checkpoint with exactly the keys of an I-JEPA of its size")
     parts: Iterable = ((our, [found[their].float() for their in theirs]) for our, theirs in names.items())
     return {our: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for our, tensors in parts}
 
@@ -425,7 +417,7 @@ def ratio(hidden: int, width: int) -> float:
     return value if int(width * value) == hidden else math.nextafter(value, math.inf)
 
 
-def sized(found: dict[str, Any], where: Any, **predictor: int) -> IJepaConfig:
+def config_of_sizes(found: dict[str, Any], where: Any, **predictor: int) -> IJepaConfig:
     """hf224_config, whose images are normalised as the published encoders want it, at other sizes."""
     try:
         cfg = hf224_config().to_dict()
@@ -435,7 +427,7 @@ def sized(found: dict[str, Any], where: Any, **predictor: int) -> IJepaConfig:
         raise CheckpointError(f"{where} has sizes that wejepa does not take ({error})") from error
 
 
-def needs(package: str) -> Any:
+def import_extra(package: str) -> Any:
     """A package of the extra, imported now."""
     try:
         return importlib.import_module(package)

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wejepa.backbones import StageEncoder, load_torchvision_weights
-from wejepa.config import STAGE_WIDTHS, IJepaConfig
+from wejepa.config import IJepaConfig
 from wejepa.ema import update_teacher
 from wejepa.errors import ConfigError
 from wejepa.masking import Masks
 from wejepa.patches import PatchEmbed, resize_positions, take
+from wejepa.presets import STAGE_WIDTHS
 
-__all__ = ["Encoder", "IJEPA_base", "PatchEmbed", "Predictor", "ijepa_loss"]
+__all__ = ["Encoder", "IJEPA_base", "IJepaLoss", "PatchEmbed", "Predictor", "ijepa_loss"]
 
 
 class Attention(nn.Module):
@@ -201,11 +202,6 @@ class IJEPA_base(nn.Module):
         self.train()
 
     @classmethod
-    def from_config(cls, cfg: IJepaConfig) -> IJEPA_base:
-        """The model of a config, freshly initialised from torch's default random generator."""
-        return cls(cfg)
-
-    @classmethod
     def without_weights(cls, cfg: IJepaConfig) -> IJEPA_base:
         """The model of a config on "meta", where weights take no memory: `load_state_dict(..., assign=True)` brings them."""
         plain = cfg.copy()
@@ -237,10 +233,20 @@ class IJEPA_base(nn.Module):
         context = self.student_encoder(images, keep=masks.context)  # (B, Nc, D)
         predictions = self.predictor(context, masks, grid_size)  # (B, M, Nt, D)
         with torch.no_grad():
-            whole = self.teacher_encoder(images)  # (B, N, D)
-            chosen = take(whole, masks.targets.flatten(1)).float()  # (B, M * Nt, D)
-            targets = F.layer_norm(chosen, chosen.shape[-1:]).view(*masks.targets.shape, -1)
+            tokens = self.teacher_encoder(images)  # (B, N, D)
+            hidden = take(tokens, masks.targets.flatten(1)).float()  # (B, M * Nt, D)
+            targets = F.layer_norm(hidden, hidden.shape[-1:]).view(*masks.targets.shape, -1)
         return predictions, targets
+
+    def encoder(self, name: str = "teacher") -> Encoder | StageEncoder:
+        """The encoder of that name: "teacher", as in the paper, or "student".
+
+        Raises:
+            ConfigError: another name.
+        """
+        if name not in ("teacher", "student"):
+            raise ConfigError(f"encoder = {name!r}: give 'teacher' or 'student'")
+        return self.teacher_encoder if name == "teacher" else self.student_encoder
 
     def encode(self, images: Tensor, encoder: str = "teacher") -> Tensor:
         """All tokens of images (B, C, height, width) under the "teacher" or the "student": (B, N, D).
@@ -248,12 +254,12 @@ class IJEPA_base(nn.Module):
         Always in evaluation mode: to look changes nothing. A network with batch normalisation uses its running statistics, which are of
         whole images in the teacher, and of masked ones in the student.
         """
-        chosen = self._encoder(encoder)
-        training = chosen.training
+        network = self.encoder(encoder)
+        training = network.training
         try:
-            return chosen.eval()(images)
+            return network.eval()(images)
         finally:
-            chosen.train(training)
+            network.train(training)
 
     def momentum_update(self, momentum: float) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters; nothing where both are frozen."""
@@ -279,14 +285,21 @@ class IJEPA_base(nn.Module):
             ConfigError: the encoder is a convolutional network.
             RuntimeError: nothing was recorded.
         """
-        recorded = [layer.recorded for layer in self._encoder(encoder).attention_layers]
+        recorded = [layer.recorded for layer in self.encoder(encoder).attention_layers]
         if any(r is None for r in recorded):
             raise RuntimeError(
                 f"no attention of the {encoder} is recorded: call enable_attention_recording(True), then encode(images, {encoder!r})"
             )
         return recorded
 
-    def _encoder(self, name: str) -> Encoder:
-        if name not in ("teacher", "student"):
-            raise ConfigError(f"encoder = {name!r}: give 'teacher' or 'student'")
-        return self.teacher_encoder if name == "teacher" else self.student_encoder
+
+class IJepaLoss(nn.Module):
+    """The loss of a batch as one forward pass: what DistributedDataParallel must wrap to see every gradient."""
+
+    def __init__(self, model: IJEPA_base):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, masks: Masks) -> Tensor:
+        """Images (B, C, S, S) and their masks -> the mean loss."""
+        return ijepa_loss(*self.model(images, masks))

@@ -8,10 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wejepa.config import IJepaConfig
+from wejepa.data.loaders import naming_dead_workers
+from wejepa.devices import autocast
 from wejepa.errors import ConfigError
+from wejepa.memory import freed_memory_kept
+from wejepa.model import IJEPA_base
 
 __all__ = [
     "POOLINGS",
+    "encode_images",
     "extract_backbone_features",
     "extract_tokens",
     "knn_accuracy",
@@ -28,6 +34,18 @@ POOLINGS = ("mean", "grid")
 def extract_tokens(encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Tensor:
     """The tokens (N, P, D), float32 on the CPU, that `encode` gives for batches of images."""
     return torch.cat([encode(images).float().cpu() for images in batches])
+
+
+def encode_images(model: IJEPA_base, source, index: Tensor, cfg: IJepaConfig, encoder: str = "teacher") -> Tensor:
+    """Tokens (N, P, D) of images under the config's precision."""
+    device = next(model.parameters()).device
+
+    def encode(images: Tensor) -> Tensor:
+        with autocast(device, cfg.hardware.mixed_precision):
+            return model.encode(images.to(device), encoder=encoder)
+
+    with freed_memory_kept(), naming_dead_workers(cfg.data.num_workers):
+        return extract_tokens(encode, source.batches(index, cfg.data.eval_batch_size))
 
 
 def pool_tokens(tokens: Tensor, grid_size: tuple[int, int], pooling: str, cells: int = 4) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,20 @@ from wejepa.config import IJepaConfig
 from wejepa.errors import CheckpointError, ConfigError
 from wejepa.model import IJEPA_base
 
-__all__ = ["CheckpointFolder", "load_checkpoint", "load_model", "save_checkpoint", "save_model"]
+__all__ = ["MOMENTS", "Expected", "check_tensors", "load_checkpoint", "load_model", "read_training_state", "save_checkpoint", "save_model"]
 
 FORMAT = "wejepa checkpoint 2"
-LATEST = "latest.pt"
-LOG = "log.txt"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
+
+# Settings that a resumed run may change: they do not say what is learnt.
+FREE = {
+    "data": {"root", "num_workers", "eval_batch_size", "max_unreadable_share"},
+    "optimizer": {"accumulation_steps"},
+    "hardware": {
+        "device", "mixed_precision", "compile_model", "shard_model",
+        "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every", "output_dir",
+    },
+}  # fmt: skip
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -37,7 +46,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns some I/O errors into RuntimeError
         raise CheckpointError(f"cannot write {path} ({error}): free some space or choose another hardware.output_dir") from error
     finally:
@@ -111,126 +120,100 @@ def check_tensors(found: Any, expected: dict[str, Tensor], path: str | Path) -> 
     """
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__} where its weights should be: take another one")
-    kinds = {k: f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else type(v).__name__ for k, v in found.items()}
-    wanted = {k: f"{tuple(v.shape)} {v.dtype}" for k, v in expected.items()}
-    faults = [f"{k} is missing" for k in wanted if k not in found]
-    faults += [f"{k} is unexpected" for k in found if k not in wanted]
-    faults += [f"{k} is {kinds[k]}, not {wanted[k]}" for k in wanted if k in found and kinds[k] != wanted[k]]
-    more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-    if faults:
-        raise CheckpointError(f"{path} was made for another architecture: {faults[0]}{more}; give the config it was trained with")
+    fault = first_fault(describe(found, with_type=True), describe(expected, with_type=True))
+    if fault:
+        raise CheckpointError(f"{path} was made for another architecture: {fault}; give the config it was trained with")
     broken = [k for k, v in found.items() if not v.isfinite().all()]
     if broken:
         raise CheckpointError(f"{path} holds numbers that are not finite, in {broken[0]}: take an earlier one")
 
 
-class CheckpointFolder:
-    """A run's checkpoints: step_00000120.pt and so on, and latest.pt, another name of the newest.
+def describe(tensors: dict[str, Any], with_type: bool = False) -> dict[str, str]:
+    """Each tensor's shape, and its type if asked for, in words; the kind of what is no tensor."""
+    return {
+        name: (f"{tuple(value.shape)} {value.dtype}" if with_type else f"{tuple(value.shape)}")
+        if isinstance(value, Tensor)
+        else type(value).__name__
+        for name, value in tensors.items()
+    }
 
-    Args:
-        folder: where they are.
-        keep: how many of the newest stay.
-        keep_steps: checkpoints at multiples of this step stay for good; 0 for none.
+
+def first_fault(found: dict[str, str], expected: dict[str, str]) -> str | None:
+    """The first name that is missing, unexpected or of another kind, and how many more there are; None where there is none."""
+    faults = [f"{name} is missing" for name in expected if name not in found]
+    faults += [f"{name} is unexpected" for name in found if name not in expected]
+    faults += [f"{name} is {found[name]}, not {kind}" for name, kind in expected.items() if name in found and found[name] != kind]
+    return (faults[0] + (f", and {len(faults) - 1} more" if len(faults) > 1 else "")) if faults else None
+
+
+# ---------------------------------------------------------------- a state to go on from
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the state of a checkpoint must agree with, for a run to go on from it.
+
+    Attributes:
+        cfg: the run's config.
+        weights: the model's tensors.
+        trained: those that the optimizer has moments of.
+        steps_per_epoch: updates in an epoch.
+        images: the fingerprint of the training images.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, keep_steps: int = 0):
-        self.folder, self.keep, self.keep_steps = Path(folder), keep, keep_steps
-
-    @property
-    def latest(self) -> Path:
-        """The newest checkpoint's lasting name."""
-        return self.folder / LATEST
-
-    def newest_first(self) -> list[Path]:
-        """The checkpoints that are there, the newest first; latest.pt only where it is not one of the numbered ones."""
-        return self._numbered() + ([self.latest] if self._latest_is_alone() else [])
-
-    def begin(self, resumed: Path | None = None, step: int = 0) -> str | None:
-        """Make the folder ready for a run that goes on from `resumed` at `step`, or starts afresh for None.
-
-        What another run, or this one after that step, has left is moved into a folder earlier-1, -2, ...: nothing is lost, and nothing of
-        it is taken for this run's.
-
-        Returns:
-            A line that says what was moved, or None.
-
-        Raises:
-            CheckpointError: the folder cannot be written to.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for aside in self.folder.glob(".*.pt.*.tmp"):  # what a killed process was writing
-                aside.unlink()
-            ours = resumed is not None and resumed.parent.resolve() == self.folder.resolve()
-            stale = [path for path in self._numbered() if not ours or _step_of(path) > step]
-            if self._latest_is_alone():
-                stale += [self.latest] if not (ours and self.latest.samefile(resumed)) else []
-            elif any(self.latest.is_file() and self.latest.samefile(path) for path in stale):
-                self.latest.unlink()
-            if stale and not ours and (self.folder / LOG).is_file():
-                stale.append(self.folder / LOG)
-            moved = self._move_aside(stale)
-            if ours and resumed.name != LATEST:
-                self._link(resumed)
-            with open(self.folder / LOG, "a"):  # a folder that cannot be written to is refused now, not after hours
-                pass
-        except OSError as error:
-            raise CheckpointError(f"cannot write to {self.folder} ({error}): choose another hardware.output_dir") from error
-        return moved
-
-    def save(self, state: dict[str, Any]) -> Path:
-        """Write the state of a step, remove what is older than the newest `keep`, and return the path of latest.pt."""
-        path = self.folder / f"step_{state['step']:08d}.pt"
-        self._prune(max(1, self.keep - 1))  # before writing, so that a nearly full disk has room
-        save_checkpoint(path, state)
-        try:
-            self._link(path)
-            self._prune(self.keep)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.latest} ({error}); {path} is whole: resume from it") from error
-        return self.latest
-
-    def _link(self, path: Path) -> None:
-        aside = self.folder / f".{LATEST}.{os.getpid()}.tmp"
-        aside.unlink(missing_ok=True)
-        try:
-            os.link(path, aside)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, aside)
-        os.replace(aside, self.latest)
-        aside.unlink(missing_ok=True)  # os.replace does nothing where both already are the same file
-        _flush_folder(self.folder)
-
-    def _prune(self, keep: int) -> None:
-        for path in self._numbered()[keep:]:
-            if not (self.keep_steps and _step_of(path) % self.keep_steps == 0):
-                path.unlink(missing_ok=True)
-
-    def _numbered(self) -> list[Path]:
-        return sorted(self.folder.glob("step_[0-9]*.pt"), key=_step_of, reverse=True)
-
-    def _latest_is_alone(self) -> bool:
-        return self.latest.is_file() and not any(self.latest.samefile(path) for path in self._numbered())
-
-    def _move_aside(self, paths: list[Path]) -> str | None:
-        if not paths:
-            return None
-        number = 1
-        while (self.folder / f"earlier-{number}").exists():
-            number += 1
-        earlier = self.folder / f"earlier-{number}"
-        earlier.mkdir()
-        for path in paths:
-            path.rename(earlier / path.name)
-        return f"what an earlier run left in {self.folder} is now in {earlier}"
+    cfg: IJepaConfig
+    weights: dict[str, Tensor]
+    trained: dict[str, Tensor]
+    steps_per_epoch: int
+    images: str
 
 
-def _step_of(path: Path) -> int:
-    digits = path.stem.removeprefix("step_")
-    return int(digits) if digits.isdecimal() else -1
+def read_training_state(path: Path, expected: Expected) -> dict[str, Any]:
+    """The state in a checkpoint, after all of it has been checked against this run.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`; or the state is not whole, or of other settings, weights or images.
+    """
+    state = load_checkpoint(path)
+    if "source" in state:
+        raise CheckpointError(f"{path} holds weights alone, from {state['source']}: load_model reads it, no run goes on from it")
+    check_settings(state.get("config"), expected.cfg, path)
+    check_tensors(state.get("model"), expected.weights, path)
+    moments = state.get("moments")
+    for kind in MOMENTS:
+        check_tensors(moments.get(kind) if isinstance(moments, dict) else None, expected.trained, path)
+    kinds = {"step": int, "history": list, "losses": list, "seconds": float, "images": str}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    if not wrong:
+        epoch, done = divmod(state["step"], expected.steps_per_epoch)
+        wrong += ["step"] if not 0 < state["step"] <= expected.cfg.optimizer.epochs * expected.steps_per_epoch else []
+        wrong += ["history"] if len(state["history"]) != epoch or not all(isinstance(e, dict) for e in state["history"]) else []
+        wrong += ["losses"] if len(state["losses"]) != done or not all(isinstance(v, float) for v in state["losses"]) else []
+    if wrong:
+        raise CheckpointError(f"{path} is no whole training state: {wrong[0]} = {str(state.get(wrong[0]))[:60]}; take an earlier one")
+    if state["images"] != expected.images:
+        raise CheckpointError(
+            f"{path} was trained on {state['images']}, data.root now has {expected.images}: "
+            f"put the same images back, or start afresh in another hardware.output_dir"
+        )
+    return state
 
 
-def _flush_folder(folder: Path) -> None:
+def check_settings(saved: Any, cfg: IJepaConfig, path: Path) -> None:
+    """Refuse a checkpoint whose run had other settings, but for those that a resumed run may change."""
+    defaults = IJepaConfig().to_dict()  # what a setting was before there was one
+    for section, settings in cfg.to_dict().items():
+        before = saved.get(section) if isinstance(saved, dict) else None
+        for name, value in settings.items():
+            found = before.get(name, defaults[section][name]) if isinstance(before, dict) else None
+            if found != value and name not in FREE.get(section, ()):
+                raise CheckpointError(
+                    f"{path} was trained with {section}.{name} = {found!r}, this run says {value!r}: a resumed run goes on with the "
+                    f"settings it began with; set it back, or start afresh in another hardware.output_dir"
+                )
+
+
+def flush_folder(folder: Path) -> None:
     """Make a rename outlast a power failure, where the system lets a folder be flushed."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

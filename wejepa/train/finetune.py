@@ -19,14 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wejepa.analysis.features import POOLINGS, knn_accuracy, pool_tokens
+from wejepa.analysis.features import POOLINGS, encode_images, knn_accuracy, pool_tokens
 from wejepa.config import IJepaConfig, Section, parse_value, setting
-from wejepa.data import generator_for, load_images, random_crops
+from wejepa.data import load_images, random_crops
+from wejepa.devices import autocast
 from wejepa.errors import ConfigError, DataError, exit_code
+from wejepa.memory import freed_memory_kept
 from wejepa.model import IJEPA_base
+from wejepa.seeds import generator_for
 from wejepa.train.checkpoints import load_model
-from wejepa.train.loop import autocast, encode_images, parameter_groups
-from wejepa.train.memory import freed_memory_kept
+from wejepa.train.loop import parameter_groups
 from wejepa.train.schedules import cosine
 
 __all__ = ["Comparison", "FinetuneConfig", "Judge", "ProbeResult", "compare_pretrained_vs_scratch", "fit_probe", "train_linear_probe"]
@@ -202,7 +204,7 @@ def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None 
 def untrained(cfg: IJepaConfig) -> IJEPA_base:
     """The model of a config as its pretraining begins, without any weights from elsewhere."""
     torch.manual_seed(cfg.hardware.seed)
-    return IJEPA_base.from_config(from_scratch(cfg)).eval()
+    return IJEPA_base(from_scratch(cfg)).eval()
 
 
 def from_scratch(cfg: IJepaConfig) -> IJepaConfig:
@@ -219,7 +221,7 @@ def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: Finetune
     The images are augmented as in pretraining, the rate is pretraining's, warmed up for a tenth and lowered along a cosine.
     """
     torch.manual_seed(finetune.seed)
-    model = IJEPA_base.from_config(from_scratch(cfg))
+    model = IJEPA_base(from_scratch(cfg))
     encoder = model.student_encoder
     head = nn.Linear(encoder.embed_dim, len(source.classes))
     optimizer = torch.optim.AdamW([*parameter_groups(encoder), {"params": head.parameters(), "decays": False}], fused=True)

@@ -19,23 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wejepa.config import IJepaConfig, default_config, hf224_config, parse_override
+from wejepa.config import IJepaConfig, parse_override
 from wejepa.errors import ConfigError, WejepaError
+from wejepa.presets import PRESETS
 
 if TYPE_CHECKING:
     from wejepa.model import IJEPA_base
 
 __all__ = ["PretrainResult", "launch_pretraining", "main"]
-
-PRESETS = {"default": default_config, "hf224": hf224_config}
-COLUMNS = (
-    ("epoch", "epoch", "{:d}"),
-    ("loss", "loss", "{:.4f}"),
-    ("teacher_variance", "teacher var", "{:.3f}"),
-    ("rankme", "RankMe", "{:.1f}"),
-    ("knn", "k-NN", "{:.3f}"),
-    ("images_per_second", "images/s", "{:.0f}"),
-)
 
 
 @dataclass(frozen=True)
@@ -67,17 +58,18 @@ def launch_pretraining(cfg: IJepaConfig, resume: str | Path | None = None) -> Pr
         ConfigError, DataError, CheckpointError, TrainingError: each with one line that says what to do.
         RunInterrupted: SIGINT or SIGTERM came; the checkpoint of the last whole step is written. A KeyboardInterrupt.
     """
+    from wejepa.train.callbacks import EpochTable
     from wejepa.train.checkpoints import load_model
     from wejepa.train.interruption import RunInterrupted
     from wejepa.train.loop import Pretraining
 
     run = Pretraining(cfg, resume)
     if run.ranks.first:
-        run.log("  ".join(f"{title:>11}" for _, title, _ in COLUMNS))
-        for entry in run.history:
-            print(epoch_line(entry), flush=True)
+        table = EpochTable(run.log)
+        table.begin(run.history)
+        run.callbacks.append(table)
     try:
-        checkpoint = run.run(report=lambda entry: run.log(epoch_line(entry)))
+        checkpoint = run.run()
     except RunInterrupted:  # the one exception that all processes raise at the same step
         run.ranks.leave()
         raise
@@ -86,14 +78,9 @@ def launch_pretraining(cfg: IJepaConfig, resume: str | Path | None = None) -> Pr
     return PretrainResult(checkpoint, run.history, model)
 
 
-def epoch_line(entry: dict[str, Any]) -> str:
-    """One epoch of the history in one line."""
-    return "  ".join(f"{form.format(entry[key]) if entry[key] is not None else '-':>11}" for key, _, form in COLUMNS)
-
-
 def config_from_arguments(args: argparse.Namespace) -> IJepaConfig:
     """The preset, overlaid with the file, overlaid with each --set."""
-    values = PRESETS[args.preset]().to_dict()
+    values = IJepaConfig.from_dict(PRESETS[args.preset]).to_dict()
     if args.config:
         try:
             given = json.loads(args.config.read_text())

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wejepa.errors import ConfigError
-from wejepa.masking import Masks
-from wejepa.model import IJEPA_base, ijepa_loss
+from wejepa.model import IJEPA_base, IJepaLoss
 
-__all__ = ["IJepaLoss", "Ranks", "shard", "spread_like", "whole"]
+__all__ = ["Ranks", "gathered", "shard", "spread_like"]
 
 
 @dataclass(frozen=True)
@@ -112,18 +111,6 @@ def _meet(backend: str) -> None:
         store.add("wejepa/start", 1)
 
 
-class IJepaLoss(nn.Module):
-    """The whole step up to the loss as one forward pass: what DistributedDataParallel must wrap to see every gradient."""
-
-    def __init__(self, model: IJEPA_base):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, masks: Masks) -> Tensor:
-        """Images (B, C, S, S) and their masks -> the mean loss."""
-        return ijepa_loss(*self.model(images, masks))
-
-
 def shard(model: IJEPA_base, ranks: Ranks) -> None:
     """Spread each block's weights over the processes, in place; they are gathered when the block computes, and let go of after it."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -139,7 +126,7 @@ def shard(model: IJEPA_base, ranks: Ranks) -> None:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
-def whole(value: Tensor) -> Tensor:
+def gathered(value: Tensor) -> Tensor:
     """A tensor with its shards put together: a collective where it has any."""
     from torch.distributed.tensor import DTensor
 

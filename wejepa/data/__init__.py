@@ -1,0 +1,30 @@
+"""Images by name or from a folder, as the batches of a run.
+
+Every random choice is derived from (seed, epoch, step), so a run that stops in between goes on as if it had not.
+"""
+
+from wejepa.data.crops import normalise, random_crops, with_channels
+from wejepa.data.decoding import read_image
+from wejepa.data.loaders import naming_dead_workers, steps_per_epoch, training_batches
+from wejepa.data.named import IMAGENET, STATISTICS, available_datasets, example_photograph, load_images
+from wejepa.data.sources import FolderImages, MemoryImages, RowImages
+from wejepa.seeds import generator_for
+
+__all__ = [
+    "IMAGENET",
+    "STATISTICS",
+    "FolderImages",
+    "MemoryImages",
+    "RowImages",
+    "available_datasets",
+    "example_photograph",
+    "generator_for",
+    "load_images",
+    "naming_dead_workers",
+    "normalise",
+    "random_crops",
+    "read_image",
+    "steps_per_epoch",
+    "training_batches",
+    "with_channels",
+]

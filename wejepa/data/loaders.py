@@ -1,0 +1,70 @@
+"""The batches of an epoch, each a function of seed, epoch and step; and the processes that decode them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wejepa.config import IJepaConfig
+from wejepa.data.crops import random_crops
+from wejepa.errors import DataError
+from wejepa.seeds import generator_for
+
+if TYPE_CHECKING:
+    from wejepa.data.sources import FolderImages, MemoryImages
+
+__all__ = ["naming_dead_workers", "steps_per_epoch", "training_batches"]
+
+
+def training_batches(
+    source: MemoryImages | FolderImages, cfg: IJepaConfig, epoch: int, first_step: int = 0, part: tuple[int, int] = (0, 1)
+) -> Iterator[Tensor]:
+    """The augmented batches (B, C, S, S) of one epoch, each image once; a short last batch is left out.
+
+    Args:
+        source: the images.
+        cfg: its `data` section gives the size of a batch and the crops, its `hardware` section the seed.
+        epoch: which order and crops, from 0.
+        first_step: step of the epoch to begin with.
+        part: (rank, ranks) gives the rank-th of so many equal parts of every batch, (B / ranks, C, S, S); side by side they are the whole
+            batch, however many they are. The number of ranks must divide `data.train_batch_size`.
+
+    Raises:
+        DataError: the set has fewer images than a batch, or too many of its files cannot be read.
+    """
+    steps, size, seed = steps_per_epoch(source, cfg), cfg.data.train_batch_size, cfg.hardware.seed
+    order = torch.randperm(len(source), generator=generator_for(seed, epoch))
+    index = order[: steps * size].view(steps, size)[first_step:]
+    crops = [random_crops(size, cfg, generator_for(seed, epoch, step)) for step in range(first_step, steps)]
+    rank, ranks = part
+    mine = slice(rank * size // ranks, (rank + 1) * size // ranks)
+    if crops:
+        yield from source.augmented(index[:, mine], torch.stack(crops)[:, mine])
+
+
+def steps_per_epoch(source: MemoryImages | FolderImages, cfg: IJepaConfig) -> int:
+    """Whole batches in the set."""
+    if len(source) < cfg.data.train_batch_size:
+        raise DataError(f"data.train_batch_size = {cfg.data.train_batch_size} is more than the set's {len(source)} images: make it smaller")
+    return len(source) // cfg.data.train_batch_size
+
+
+@contextlib.contextmanager
+def naming_dead_workers(num_workers: int) -> Iterator[None]:
+    """Make PyTorch's error about a dead worker process a `DataError`.
+
+    It comes up wherever the main process happens to be: who does more with the batches than to fetch them wraps that as well.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise DataError(
+            f"a process that decodes images died, probably for want of memory ({' '.join(str(error).split())}): "
+            f"lower data.num_workers = {num_workers}, or set it to 0"
+        ) from error

@@ -1,0 +1,216 @@
+"""Where images come from, by name: the embedded set, torchvision's, your own folder, Hugging Face's, or noise."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wejepa.config import IJepaConfig
+from wejepa.data.decoding import IMAGE_ENDINGS, read_image
+from wejepa.data.sources import FolderImages, MemoryImages, RowImages
+from wejepa.errors import ConfigError, DataError, did_you_mean
+from wejepa.seeds import generator_for
+
+__all__ = ["IMAGENET", "STATISTICS", "available_datasets", "example_photograph", "load_images"]
+
+ASSETS = Path(__file__).parent.parent / "assets"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+# Per set: mean and standard deviation of the pixels (0 to 1), one value a channel; and torchvision's class.
+STATISTICS = {
+    "fashion_mnist_mini": ((0.2193,), (0.3318,)),
+    "fashion_mnist": ((0.2190,), (0.3318,)),
+    "mnist": ((0.1000,), (0.2752,)),
+    "kmnist": ((0.1467,), (0.3156,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "imagenette": IMAGENET,
+    "imagefolder": IMAGENET,
+    "hf": IMAGENET,
+    "fake": ((0.5,), (0.29,)),
+}
+FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+
+def available_datasets() -> list[str]:
+    """The names that `data.dataset` takes, beside "hf:" and the name or folder of a Hugging Face data set."""
+    return sorted(name for name in STATISTICS if name not in ("fake", "hf"))
+
+
+def load_images(cfg: IJepaConfig, split: str = "train") -> MemoryImages | FolderImages:
+    """The images that a config names.
+
+    Args:
+        cfg: its `data` section names the set and its root; its `model` section the size and the channels.
+        split: "train" or "test".
+
+    Raises:
+        ConfigError: no such data set or split.
+        DataError: the files are absent and could not be downloaded, or cannot be read, or their labels do not fit.
+    """
+    if split not in ("train", "test"):
+        raise ConfigError(f"split = {split!r}: give 'train' or 'test'")
+    name = "fake" if cfg.data.use_fake_data else cfg.data.dataset
+    kind, _, rows_of = name.partition(":")  # "hf:NAME", or a name alone
+    if not (rows_of if kind == "hf" else name in (*available_datasets(), "fake")):
+        raise ConfigError(
+            f"data.dataset = {name!r} is not known; {did_you_mean(name, available_datasets())}; hf:NAME takes a Hugging Face data set"
+        )
+    mean, std = STATISTICS[kind]
+    shape = {"img_size": cfg.model.img_size, "in_chans": cfg.model.in_chans, "mean": mean, "std": std}
+    decoding = {"num_workers": cfg.data.num_workers, "max_unreadable_share": cfg.data.max_unreadable_share}
+    if kind == "hf":
+        return RowImages(*_hugging_face_rows(rows_of, split), **decoding, **shape)
+    if name in ("imagefolder", "imagenette"):
+        return FolderImages(*_folder_files(name, Path(cfg.data.root), split), **decoding, **shape)
+    if name == "fake":
+        images, labels, classes = _fake_images(cfg, split)
+    elif name == "fashion_mnist_mini":
+        images, labels, classes = _embedded_images(split)
+    else:
+        images, labels, classes = _torchvision_images(name, cfg.data.root, split)
+    return MemoryImages(images, labels, classes, **shape)
+
+
+def example_photograph() -> Tensor:
+    """A photograph that ships with wejepa, a cat's face: bytes (3, 224, 224). By Stéfan van der Walt, CC0, from scikit-image."""
+    return read_image(ASSETS / "chelsea.png", 224)
+
+
+def _embedded_images(split: str):
+    from PIL import Image
+
+    try:
+        mosaic = np.asarray(Image.open(ASSETS / f"fashion_mnist_mini_{split}.png"))
+        labels = np.load(ASSETS / "fashion_mnist_mini_labels.npz")[split]
+    except OSError as error:
+        raise DataError(f"the embedded images are missing or damaged ({error}): reinstall wejepa") from error
+    images = mosaic.reshape(-1, 28, 100, 28).swapaxes(1, 2).reshape(-1, 1, 28, 28)
+    return _padded(torch.from_numpy(images)), torch.from_numpy(labels).long(), FASHION_CLASSES
+
+
+def _fake_images(cfg: IJepaConfig, split: str):
+    n, side = cfg.data.fake_data_size, cfg.model.img_size
+    generator = generator_for(cfg.hardware.seed, ("train", "test").index(split))
+    images = torch.randint(0, 256, (n, cfg.model.in_chans, side, side), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(n) % 10, tuple(f"noise {c}" for c in range(10))
+
+
+def _torchvision_images(name: str, root: str, split: str):
+    try:
+        from torchvision import datasets as tv
+    except (ImportError, RuntimeError) as error:  # builds of torch and torchvision that do not belong together
+        raise DataError(
+            f"data.dataset = {name!r} needs torchvision, which cannot be imported ({error}): reinstall both together"
+        ) from error
+
+    kind = {
+        "fashion_mnist": tv.FashionMNIST,
+        "mnist": tv.MNIST,
+        "kmnist": tv.KMNIST,
+        "cifar10": tv.CIFAR10,
+        "cifar100": tv.CIFAR100,
+        "svhn": tv.SVHN,
+        "stl10": tv.STL10,
+    }[name]
+    choice = {"split": split} if name in ("svhn", "stl10") else {"train": split == "train"}
+    try:
+        found = kind(root, download=False, **choice)
+    except RuntimeError:  # torchvision's way of saying that the files are not there
+        try:
+            found = kind(root, download=True, **choice)
+        except Exception as error:  # no network, a full disk, a mirror that is gone: torchvision passes on whatever it met
+            raise DataError(
+                f"data.dataset = {name!r} is not in data.root = {root!r} and could not be downloaded ({error}): "
+                f"go online once, put its files there, or take 'fashion_mnist_mini', which ships with wejepa"
+            ) from error
+    images = torch.as_tensor(np.asarray(found.data))
+    if images.dim() == 3:
+        images = _padded(images[:, None])  # grey, 28 x 28
+    elif name.startswith("cifar"):
+        images = images.permute(0, 3, 1, 2)  # the only ones stored channels last
+    labels = torch.as_tensor(np.asarray(found.targets if hasattr(found, "targets") else found.labels)).long()
+    classes = getattr(found, "classes", None) or [str(c) for c in range(10)]
+    return images.contiguous(), labels, tuple(classes)
+
+
+def _padded(images: Tensor) -> Tensor:
+    """28 x 28 to 32 x 32 with black, so that patches of 4 and 8 divide it."""
+    return F.pad(images, (2, 2, 2, 2))
+
+
+def _folder_files(name: str, root: Path, split: str):
+    """ROOT/train or ROOT/test (ROOT/val serves as well), and the files, labels and classes below it, a folder a class."""
+    if name == "imagenette":
+        root = root / "imagenette2-160" if (root / "imagenette2-160").is_dir() else root / "imagenette2"
+    tried = {"train": [root / "train"], "test": [root / "test", root / "val"]}
+    folder = next((f for f in tried[split] if f.is_dir()), None)
+    if folder is None:
+        names = " or ".join(f.name for f in tried[split])
+        raise DataError(f"data.root = {str(root)!r} has no folder {names}: put one there, with a folder a class in it")
+    tops = sorted(_visible(folder.glob("*"), folder))  # not rglob from here: it would not follow a class folder that is a link
+    files = sorted(f for top in tops for f in (_visible(top.rglob("*"), folder) if os.path.isdir(top) else [top]) if _is_image(f))
+    if not files:
+        raise DataError(f"{folder} holds no images ({', '.join(IMAGE_ENDINGS)}): put some there, with a folder a class")
+    names = [f.relative_to(folder).parts[0] if f.parent != folder else "" for f in files]
+    for top in tops:
+        if os.path.isdir(top) and top.name not in names:
+            warnings.warn(f"{top} holds no images: the class keeps its number and has none here", stacklevel=3)
+    # A class has one number in both splits, also where one of them lacks it.
+    both = {f.name for part in tried.values() for top in part for f in _visible(top.glob("*"), top) if os.path.isdir(f)}
+    classes = tuple(sorted(both | set(names)))
+    number = {name: i for i, name in enumerate(classes)}
+    return folder, files, torch.tensor([number[n] for n in names]), classes
+
+
+def _hugging_face_rows(name: str, split: str):
+    """NAME/SPLIT, and the image rows, labels and classes of a Hugging Face data set: a name on the hub or a folder."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"data.dataset = 'hf:{name}' needs the package datasets ({error}): pip install 'wejepa[datasets]'") from error
+
+    folder = Path(name)
+    try:
+        if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):  # save_to_disk
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name)
+    except Exception as error:  # offline, no such name, no image in the folder: the library has a type for each
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(
+            f"data.dataset = 'hf:{name}' could not be had ({reason}): check the name or folder, and go online once for one on the hub"
+        ) from error
+    splits = dict(found) if isinstance(found, dict) else {"train": found}
+    tried = {"train": ("train",), "test": ("test", "validation", "valid", "val")}[split]
+    found_split = next((s for s in tried if s in splits), None)
+    if found_split is None:
+        raise DataError(f"data.dataset = 'hf:{name}' has no split {' or '.join(tried)}, only {', '.join(splits)}: take a set that has one")
+    rows = splits[found_split]
+    images = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    if not images:
+        raise DataError(f"data.dataset = 'hf:{name}' has no column of images, only {', '.join(rows.features)}: take a set that has one")
+    column = "image" if "image" in images else images[0]
+    label = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    classes = tuple(rows.features[label].names) if label else ("",)
+    labels = torch.tensor(rows[label][:]) if label else torch.zeros(len(rows), dtype=torch.long)
+    return folder / found_split, rows.cast_column(column, datasets.Image(decode=False))[column], labels, classes
+
+
+def _visible(paths: Iterable[Path], folder: Path) -> Iterator[Path]:
+    """Without what other programs hide below the folder: .thumbnails, .ipynb_checkpoints, ._photo.jpg."""
+    return (path for path in paths if not any(name.startswith(".") for name in path.relative_to(folder).parts))
+
+
+def _is_image(path: Path) -> bool:
+    """By its name; also a link to nothing and a file without permission, so that they are counted as unreadable, not lost."""
+    return path.suffix.lower() in IMAGE_ENDINGS and (os.path.isfile(path) or not os.path.exists(path))

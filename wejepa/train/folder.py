@@ -1,0 +1,176 @@
+"""The folder of a run: its checkpoints, the newest of which a run goes on from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wejepa.errors import CheckpointError
+from wejepa.train.checkpoints import Expected, flush_folder, read_training_state, save_checkpoint
+from wejepa.train.ranks import Ranks
+
+__all__ = ["LATEST", "LOG", "CheckpointFolder", "resume_from"]
+
+LATEST = "latest.pt"
+LOG = "log.txt"
+
+
+class CheckpointFolder:
+    """A run's checkpoints: step_00000120.pt and so on, and latest.pt, another name of the newest.
+
+    Args:
+        folder: where they are.
+        keep: how many of the newest stay.
+        keep_steps: checkpoints at multiples of this step stay for good; 0 for none.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, keep_steps: int = 0):
+        self.folder, self.keep, self.keep_steps = Path(folder), keep, keep_steps
+
+    @property
+    def latest(self) -> Path:
+        """The newest checkpoint's lasting name."""
+        return self.folder / LATEST
+
+    def newest_first(self) -> list[Path]:
+        """The checkpoints that are there, the newest first; latest.pt only where it is not one of the numbered ones."""
+        return self._numbered() + ([self.latest] if self._latest_is_alone() else [])
+
+    def begin(self, resumed: Path | None = None, step: int = 0) -> str | None:
+        """Make the folder ready for a run that goes on from `resumed` at `step`, or starts afresh for None.
+
+        What another run, or this one after that step, has left is moved into a folder earlier-1, -2, ...: nothing is lost, and nothing of
+        it is taken for this run's.
+
+        Returns:
+            A line that says what was moved, or None.
+
+        Raises:
+            CheckpointError: the folder cannot be written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for aside in self.folder.glob(".*.pt.*.tmp"):  # what a killed process was writing
+                aside.unlink()
+            same = resumed is not None and resumed.parent.resolve() == self.folder.resolve()
+            stale = [path for path in self._numbered() if not same or _step_of(path) > step]
+            if self._latest_is_alone():
+                stale += [self.latest] if not (same and self.latest.samefile(resumed)) else []
+            elif any(self.latest.is_file() and self.latest.samefile(path) for path in stale):
+                self.latest.unlink()
+            if stale and not same and (self.folder / LOG).is_file():
+                stale.append(self.folder / LOG)
+            moved = self._move_aside(stale)
+            if same and resumed.name != LATEST:
+                self._link(resumed)
+            with open(self.folder / LOG, "a"):  # a folder that cannot be written to is refused now, not after hours
+                pass
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {self.folder} ({error}): choose another hardware.output_dir") from error
+        return moved
+
+    def save(self, state: dict[str, Any]) -> Path:
+        """Write the state of a step, remove what is older than the newest `keep`, and return the path of latest.pt."""
+        path = self.folder / f"step_{state['step']:08d}.pt"
+        self._prune(max(1, self.keep - 1))  # before writing, so that a nearly full disk has room
+        save_checkpoint(path, state)
+        try:
+            self._link(path)
+            self._prune(self.keep)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.latest} ({error}); {path} is whole: resume from it") from error
+        return self.latest
+
+    def _link(self, path: Path) -> None:
+        aside = self.folder / f".{LATEST}.{os.getpid()}.tmp"
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(path, aside)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, aside)
+        os.replace(aside, self.latest)
+        aside.unlink(missing_ok=True)  # os.replace does nothing where both already are the same file
+        flush_folder(self.folder)
+
+    def _prune(self, keep: int) -> None:
+        for path in self._numbered()[keep:]:
+            if not (self.keep_steps and _step_of(path) % self.keep_steps == 0):
+                path.unlink(missing_ok=True)
+
+    def _numbered(self) -> list[Path]:
+        return sorted(self.folder.glob("step_[0-9]*.pt"), key=_step_of, reverse=True)
+
+    def _latest_is_alone(self) -> bool:
+        return self.latest.is_file() and not any(self.latest.samefile(path) for path in self._numbered())
+
+    def _move_aside(self, paths: list[Path]) -> str | None:
+        if not paths:
+            return None
+        number = 1
+        while (self.folder / f"earlier-{number}").exists():
+            number += 1
+        earlier = self.folder / f"earlier-{number}"
+        earlier.mkdir()
+        for path in paths:
+            path.rename(earlier / path.name)
+        return f"what an earlier run left in {self.folder} is now in {earlier}"
+
+
+def _step_of(path: Path) -> int:
+    digits = path.stem.removeprefix("step_")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def resume_from(
+    resume: str | Path | None, folder: CheckpointFolder, expected: Expected, ranks: Ranks, log: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Choose the checkpoint to go on from, and make the output folder ready. Every process of the run calls it.
+
+    Args:
+        resume: a checkpoint; "auto" for the newest good one in the folder, if any; None to start afresh.
+        folder: the run's output folder.
+        expected: what the checkpoint must agree with.
+        ranks: the run's processes.
+        log: gets a line for whatever was passed over or moved.
+
+    Returns:
+        The state in it, or None where the run starts afresh.
+
+    Raises:
+        CheckpointError: the checkpoint, or every one that is there, cannot be resumed.
+    """
+    path, notes, state = _choose(resume, folder, expected) if ranks.first else (None, [], None)
+    path = ranks.from_first(path)
+    if path is not None:
+        state = state or read_training_state(path, expected)
+    ranks.sum(0)  # all have read it before files are moved
+    if ranks.first:
+        step = state["step"] if state else 0
+        moved = folder.begin(path, step)
+        for line in [*notes, moved, f"going on from {path} at step {step}" if path else None]:
+            if line:
+                log(line)
+    return state
+
+
+def _choose(
+    resume: str | Path | None, folder: CheckpointFolder, expected: Expected
+) -> tuple[Path | None, list[str], dict[str, Any] | None]:
+    """The checkpoint that `resume` asks for and its state, or None; and what was found wrong with newer ones."""
+    if resume is None:
+        return None, [], None
+    if resume != "auto":
+        return Path(resume), [], read_training_state(Path(resume), expected)
+    found, notes = folder.newest_first(), []
+    for path in found:
+        try:
+            return path, notes, read_training_state(path, expected)
+        except CheckpointError as error:
+            notes.append(f"passed over: {error}")
+    if found:
+        first = notes[0].removeprefix("passed over: ")
+        raise CheckpointError(f"none of the {len(found)} checkpoints in {folder.folder} can be resumed: {first}")
+    return None, [], None
