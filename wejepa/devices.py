@@ -27,7 +27,11 @@ def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices natively; where it only emulates them they are slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if (
+        device.type != "cpu" or "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    ):  # the processor's, or less where a user asks for less
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(device: torch.device, wanted: bool) -> contextlib.AbstractContextManager:
