@@ -9,11 +9,13 @@ import torch
 
 from wejepa import devices
 from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig, OptimizerConfig, default_config, hf224_config
+from wejepa.data import load_images, steps_per_epoch
 from wejepa.errors import CheckpointError, ConfigError, DataError, TrainingError
-from wejepa.train.callbacks import OnEpoch
+from wejepa.train import pretrain
+from wejepa.train.callbacks import Monitor, OnEpoch
 from wejepa.train.checkpoints import load_checkpoint, load_model
 from wejepa.train.loop import Pretraining, parameter_groups
-from wejepa.train.pretrain import launch_pretraining, main
+from wejepa.train.pretrain import expected_minutes, launch_pretraining, main
 
 STEPS = 4  # in an epoch
 KEYS = {"epoch", "step", "loss", "teacher_variance", "rankme", "knn", "images_per_second", "seconds"}
@@ -449,3 +451,25 @@ def test_a_finished_run_resumed_into_another_folder_leaves_a_checkpoint_there(cf
     done = launch_pretraining(cfg)
     cfg.hardware.output_dir = str(tmp_path / "elsewhere")
     assert launch_pretraining(cfg, resume=done.checkpoint).checkpoint.exists()
+
+
+def test_the_expected_minutes_are_those_of_the_steps_to_come(cfg, monkeypatch, tmp_path):
+    """A step of two seconds and a measurement of one, by a clock that they alone move."""
+    now = [0.0]
+    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: now[0])
+    step, monitor = Pretraining.train_step, Monitor.__call__
+
+    def slow_step(run, images):
+        now[0] += 2.0
+        return step(run, images)
+
+    def slow_monitor(self):
+        now[0] += 1.0
+        return monitor(self)
+
+    monkeypatch.setattr(Pretraining, "train_step", slow_step)
+    monkeypatch.setattr(Monitor, "__call__", slow_monitor)
+    cfg.hardware.output_dir = str(tmp_path / "untouched")
+    epochs, steps = cfg.optimizer.epochs, steps_per_epoch(load_images(cfg), cfg)
+    assert expected_minutes(cfg, steps=2) == pytest.approx(epochs * (2 * steps + 1) / 60)
+    assert not (tmp_path / "untouched").exists()

@@ -12,9 +12,13 @@ the same command with --resume auto goes on from it. torch is imported when trai
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import statistics
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +30,7 @@ from wejepa.presets import PRESETS
 if TYPE_CHECKING:
     from wejepa.model import IJEPA_base
 
-__all__ = ["PretrainResult", "launch_pretraining", "main"]
+__all__ = ["PretrainResult", "expected_minutes", "launch_pretraining", "main"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,35 @@ def launch_pretraining(cfg: IJepaConfig, resume: str | Path | None = None) -> Pr
     model = load_model(checkpoint) if cfg.hardware.shard_model else run.model.eval()
     run.ranks.leave()
     return PretrainResult(checkpoint, run.history, model)
+
+
+def expected_minutes(cfg: IJepaConfig, steps: int = 10) -> float:
+    """Minutes that `launch_pretraining(cfg)` will take on this machine, by timing a few of its steps and its monitor.
+
+    Args:
+        cfg: the config; nothing is written to its output folder.
+        steps: timed steps; one more warms up.
+
+    Raises:
+        ConfigError, DataError: as `launch_pretraining`.
+    """
+    from wejepa.data import training_batches
+    from wejepa.memory import freed_memory_kept
+    from wejepa.train.loop import Pretraining
+
+    cfg = cfg.copy()
+    with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
+        cfg.hardware.output_dir = folder
+        run = Pretraining(cfg)
+        seconds, begun = [], time.perf_counter()
+        for images in itertools.islice(training_batches(run.source, cfg, epoch=0), steps + 1):
+            run.train_step(images)
+            seconds.append(time.perf_counter() - begun)
+            begun = time.perf_counter()
+        a_step = statistics.median(seconds[1:] or seconds)  # the first one is slow
+        run.monitor()
+        a_measurement = time.perf_counter() - begun
+    return cfg.optimizer.epochs * (run.steps_per_epoch * a_step + a_measurement) / 60
 
 
 def config_from_arguments(args: argparse.Namespace) -> IJepaConfig:
