@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # too, a training step takes some ten times as long.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup tutorial render test lab lint format clean
+.PHONY: help setup tutorial render test portable lab lint format clean
 
 help:
 	@echo 'make setup      create .venv and install the package with everything the course needs'
@@ -18,6 +18,7 @@ help:
 	@echo 'make render     run the notebooks in place and keep their outputs, for those who read without a kernel'
 	@echo 'make lab        open JupyterLab in notebooks/'
 	@echo 'make test       check the style, then run the tests (PYTEST_ARGS="-k masks" for some of them)'
+	@echo 'make portable   run the tests and notebooks as other processors, precisions and versions of torch would'
 	@echo 'make lint       check the style only'
 	@echo 'make format     put the code in the style'
 	@echo 'make clean      remove .venv, caches, build files and outputs/course'
@@ -45,6 +46,9 @@ render: setup
 test: lint
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
+portable: setup
+	@$(PY) -m benchmarks.portable
+
 lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -58,5 +62,5 @@ lab: setup
 
 # Not data/ nor the other outputs/: those may have taken hours.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis outputs/course
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis outputs/course
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,14 +26,11 @@ from pathlib import Path
 
 import nbformat
 
+from benchmarks.processors import CAPABILITIES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "margins"
 NOTEBOOKS = ("01", "02", "03", "00", "04", "05", "07", "06", "08")  # 03 trains the model that others take
-CAPABILITIES = {  # what makes PyTorch and oneDNN take a processor for an older one
-    "native": {},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-}
 OPERATORS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 DEVIATIONS = 3  # a margin of fewer standard deviations is no claim
 
