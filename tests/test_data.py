@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from framing import frames
 from PIL import Image
 
 from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig
@@ -20,9 +21,11 @@ from wejepa.data import (
     FolderImages,
     MemoryImages,
     available_datasets,
+    crop_box,
     example_photograph,
     load_images,
     random_crops,
+    resample,
     steps_per_epoch,
     training_batches,
 )
@@ -46,6 +49,7 @@ def import_torchvision():
 
 
 torchvision = import_torchvision()
+RandomResizedCrop = importlib.import_module("torchvision.transforms").RandomResizedCrop
 
 
 def tiny_config(dataset: str = "fake", *, img_size: int = 32, in_chans: int = 3, seed: int = 0, **data) -> IJepaConfig:
@@ -57,6 +61,9 @@ def tiny_config(dataset: str = "fake", *, img_size: int = 32, in_chans: int = 3,
         model=ModelConfig(img_size=img_size, patch_size=4, in_chans=in_chans, embed_dim=16, pred_dim=16, num_heads=2),
         hardware=HardwareConfig(seed=seed),
     )
+
+
+WHOLE = [1.0, 1.0, 0.0, 0.0, 0.0]  # of a square image
 
 
 def everything(source, batch_size: int = 1000) -> torch.Tensor:
@@ -143,7 +150,7 @@ def test_channels(stored, wanted):
     assert x.shape == (4, wanted, 8, 8)
     expected = images / 255 if stored == wanted else (images / 255).mean(1, keepdim=True).expand(-1, wanted, -1, -1)
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-6)
-    crops = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]]).expand(1, 4, 5)
+    crops = torch.tensor([[WHOLE]]).expand(1, 4, 5)
     assert next(plain_source(images, in_chans=wanted).augmented(torch.arange(4)[None], crops)).shape == (4, wanted, 8, 8)
 
 
@@ -193,9 +200,9 @@ def noise() -> tuple[MemoryImages, torch.Tensor]:
 
 
 def augment(source: MemoryImages, crop: list[float]) -> torch.Tensor:
-    """All images of a source under one crop."""
-    n = len(source)
-    return next(source.augmented(torch.arange(n)[None], torch.tensor(crop).expand(1, n, 5)))
+    """All images of a source under one crop: left, top, width and height as shares, and mirror."""
+    n, (height, width) = len(source), source.images.shape[-2:]
+    return next(source.augmented(torch.arange(n)[None], torch.tensor(frames(*crop, width, height)).expand(1, n, 5)))
 
 
 def test_the_whole_image_is_a_crop_that_changes_nothing(noise):
@@ -228,7 +235,7 @@ def test_a_crop_is_that_part_of_the_image_enlarged(noise, crop, part):
 
 def test_each_image_has_its_own_crop(noise):
     source, _ = noise
-    index, crops = torch.tensor([[2, 5], [0, 1]]), torch.rand(2, 2, 5) * 0.5
+    index, crops = torch.tensor([[2, 5], [0, 1]]), torch.rand(2, 2, 5) * 0.5 + 0.4
     crops[..., 4] = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     for part, crop, batch in zip(index, crops, source.augmented(index, crops), strict=True):
         for i in range(2):
@@ -238,17 +245,108 @@ def test_each_image_has_its_own_crop(noise):
 
 def test_random_crops_lie_inside_the_image():
     cfg = tiny_config(crop_scale=(0.3, 0.6), horizontal_flip=True)
-    left, top, wide, high, mirror = random_crops(4000, cfg, torch.Generator().manual_seed(0)).unbind(1)
+    crops = random_crops(4000, cfg, torch.Generator().manual_seed(0))
+    left, top, wide, high = crop_box(crops, 1, 1).unbind(1)
     for start, length in ((left, wide), (top, high)):
         assert start.min() >= 0 and length.min() > 0 and (start + length).max() <= 1 + 1e-6
-    area, aspect = wide * high, wide / high
+    area, aspect, mirror = wide * high, wide / high, crops[:, 4]
     assert area.min() > 0.295 and area.max() < 0.605 and area.min() < 0.31 and area.max() > 0.59
-    assert aspect.min() > 0.7 and aspect.max() < 1.4
+    assert 0.74 < aspect.min() < 0.77 and 1.3 < aspect.max() < 1.34
     assert sorted(mirror.unique().tolist()) == [0, 1] and abs(mirror.mean() - 0.5) < 0.05
     for start, length in ((left, wide), (top, high)):
         assert abs((start / (1 - length).clamp(min=1e-3)).mean() - 0.5) < 0.03  # anywhere, with no favoured side
     cfg.data.horizontal_flip = False
     assert (random_crops(100, cfg, torch.Generator().manual_seed(0))[:, 4] == 0).all()
+
+
+def test_the_crops_of_square_images_are_what_they_always_were():
+    """Five uniform numbers a crop: area, aspect, left, top, mirror; each side cut to the image. A resumed run depends on it."""
+    cfg = tiny_config(crop_scale=(0.8, 1.0), horizontal_flip=True)
+    crops = random_crops(500, cfg, torch.Generator().manual_seed(3))
+    u = torch.rand(5, 500, generator=torch.Generator().manual_seed(3))
+    area, aspect = 0.8 + u[0] * 0.2, (4 / 3) ** (2 * u[1] - 1)
+    wide, high = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    assert (wide == 1).any() and (high == 1).any()
+    expected = 32 * torch.stack([u[2] * (1 - wide), u[3] * (1 - high), wide, high], dim=1)
+    torch.testing.assert_close(crop_box(crops, 32, 32), expected, rtol=1e-6, atol=1e-5)
+    assert torch.equal(crops[:, 4], (u[4] < 0.5).float())
+
+
+@pytest.mark.parametrize(("width", "height"), [(400, 300), (300, 400), (300, 300)])
+def test_crops_have_the_shapes_that_torchvision_draws(width, height):
+    """Drawn in pixels: in shares of the image, the crops of a 4:3 photograph would have a median of 1.33, from 1.04 to 1.71."""
+    cfg, image = tiny_config(crop_scale=(0.3, 1.0)), torch.empty(1, height, width)
+    *_, wide, high = crop_box(random_crops(10_000, cfg, torch.Generator().manual_seed(0)), width, height).unbind(1)
+    assert wide.max() <= width + 1e-3 and high.max() <= height + 1e-3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = torch.tensor([RandomResizedCrop.get_params(image, (0.3, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)]).float()
+    at = torch.tensor([0.05, 0.5, 0.95])
+    torch.testing.assert_close((wide / high).quantile(at), (theirs[:, 3] / theirs[:, 2]).quantile(at), rtol=0, atol=0.08)
+
+
+@pytest.mark.parametrize(("width", "height"), [(4000, 100), (100, 4000), (200, 100)])
+def test_no_crop_of_a_panorama_is_squeezed_further_than_four_to_three(width, height):
+    left, top, wide, high = crop_box(random_crops(500, tiny_config(), torch.Generator().manual_seed(0)), width, height).unbind(1)
+    assert (wide / high).max() < 1.3334 and (wide / high).min() > 0.7499
+    for start, length, whole in ((left, wide, width), (top, high, height)):
+        assert start.min() >= 0 and (start + length).max() <= whole * (1 + 1e-6)
+    assert torch.maximum(wide / width, high / height).min() > 0 and torch.minimum(wide, high).max() == pytest.approx(100)
+
+
+def pillows(pixels: torch.Tensor, box: list[float], mirror: float, size: int) -> torch.Tensor:
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=(box[0], box[1], box[0] + box[2], box[1] + box[3]))
+    small = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return small.flip(-1) if mirror else small
+
+
+@pytest.mark.parametrize("size", [8, 24, 96])
+def test_resampling_is_pillows(size):
+    """Smaller, larger, and smaller across but larger down; the box of each image where it likes."""
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 3, 30, 40), dtype=torch.uint8, generator=random)
+    crops = random_crops(40, tiny_config(crop_scale=(0.02, 1.0), horizontal_flip=True), random)
+    boxes = crop_box(crops, 40, 30)
+    mine = resample(pixels, boxes, crops[:, 4], size)
+    theirs = torch.stack([pillows(p, box, m, size) for p, box, m in zip(pixels, boxes.tolist(), crops[:, 4].tolist(), strict=True)])
+    assert mine.dtype == torch.float32 and mine.shape == (40, 3, size, size)
+    assert (mine - theirs).abs().max() < 1.1  # which rounds after each direction
+
+
+def test_enlarging_is_bilinear_with_the_border_repeated():
+    """What the crops of images as small as the encoder's have always been, to rounding."""
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (64, 1, 32, 32), dtype=torch.uint8, generator=random)
+    crops = random_crops(64, tiny_config(crop_scale=(0.8, 1.0), horizontal_flip=True), random)
+    left, top, wide, high = crop_box(crops, 1, 1).unbind(1)
+    theta = torch.zeros(64, 2, 3)  # one affine map an image crops, resizes and mirrors at once
+    theta[:, 0, 0], theta[:, 0, 2] = wide * (1 - 2 * crops[:, 4]), 2 * left + wide - 1
+    theta[:, 1, 1], theta[:, 1, 2] = high, 2 * top + high - 1
+    at = F.affine_grid(theta, [64, 1, 32, 32], align_corners=False)
+    expected = F.grid_sample(pixels.float(), at, mode="bilinear", padding_mode="border", align_corners=False)
+    torch.testing.assert_close(resample(pixels, crop_box(crops, 32, 32), crops[:, 4], 32), expected, rtol=0, atol=0.01)
+
+
+def test_training_and_evaluation_see_one_distribution():
+    """Noise of 96 pixels that is shrunk to 32 loses three quarters of its deviation, also under a crop; without antialiasing all stays."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (60, 3, 96, 96), dtype=torch.uint8, generator=random)
+    source = plain_source(images, img_size=32)
+    tested, trained = everything(source).std(), augment(source, [0, 0, 1, 1, 0]).std()
+    alone = F.interpolate(images / 255, size=(32, 32), mode="bilinear", antialias=True).std()
+    assert tested == pytest.approx(float(alone), rel=1e-3) and trained == pytest.approx(float(alone), rel=1e-3)
+    drawn = next(source.augmented(torch.arange(60)[None], random_crops(60, tiny_config(crop_scale=(0.8, 1.0)), random)[None]))
+    assert drawn.std() == pytest.approx(float(alone), rel=0.1) and alone < 0.3 * (images / 255).std()
+
+
+def test_images_in_memory_that_are_no_squares_are_cut_not_squeezed():
+    images = torch.zeros(1, 1, 20, 40, dtype=torch.uint8)
+    images[..., 10:30] = 255
+    source = plain_source(images, img_size=20)
+    assert (everything(source) == 1).all()
+    ours = augment(source, [0.25, 0.0, 0.5, 1.0, 0])
+    torch.testing.assert_close(ours, everything(source), rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------- the batches of an epoch
@@ -258,9 +356,9 @@ def spied(source: MemoryImages, monkeypatch) -> list[torch.Tensor]:
     """Record which images each training batch is made of."""
     seen, original = [], source.augmented
 
-    def augmented(index, crops):
+    def augmented(index, crops, *device):
         seen.extend(index)
-        return original(index, crops)
+        return original(index, crops, *device)
 
     monkeypatch.setattr(source, "augmented", augmented)
     return seen
@@ -538,7 +636,7 @@ def test_folder_crops_and_mirrors_agree_with_those_in_memory(tmp_path):
     mean, std = STATISTICS["imagefolder"]
     in_memory = plain_source(torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous(), img_size=24, mean=mean, std=std)
     for crop in ([0, 0, 1, 1, 0], [0.25, 0.5, 0.5, 0.5, 0], [0.1, 0.3, 0.6, 0.4, 1]):
-        index, crops = torch.tensor([[0]]), torch.tensor([[crop]], dtype=torch.float32)
+        index, crops = torch.tensor([[0]]), torch.tensor([[frames(*crop)]])
         one, other = next(on_disk.augmented(index, crops)), next(in_memory.augmented(index, crops))
         torch.testing.assert_close(one, other, rtol=0, atol=0.12)
 

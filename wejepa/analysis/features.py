@@ -45,7 +45,7 @@ def encode_images(model: IJEPA_base, source, index: Tensor, cfg: IJepaConfig, en
             return model.encode(images.to(device), encoder=encoder)
 
     with freed_memory_kept(), naming_dead_workers(cfg.data.num_workers):
-        return extract_tokens(encode, source.batches(index, cfg.data.eval_batch_size))
+        return extract_tokens(encode, source.batches(index, cfg.data.eval_batch_size, device))
 
 
 def pool_tokens(tokens: Tensor, grid_size: tuple[int, int], pooling: str, cells: int = 4) -> Tensor:

@@ -3,7 +3,7 @@
 Every random choice is derived from (seed, epoch, step), so a run that stops in between goes on as if it had not.
 """
 
-from wejepa.data.crops import normalise, random_crops, with_channels
+from wejepa.data.crops import crop_box, normalise, random_crops, resample, with_channels
 from wejepa.data.decoding import read_image
 from wejepa.data.loaders import naming_dead_workers, steps_per_epoch, training_batches
 from wejepa.data.named import IMAGENET, STATISTICS, available_datasets, example_photograph, load_images
@@ -17,6 +17,7 @@ __all__ = [
     "MemoryImages",
     "RowImages",
     "available_datasets",
+    "crop_box",
     "example_photograph",
     "generator_for",
     "load_images",
@@ -24,6 +25,7 @@ __all__ = [
     "normalise",
     "random_crops",
     "read_image",
+    "resample",
     "steps_per_epoch",
     "training_batches",
     "with_channels",

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wejepa.data.crops import centre_square, crop_box
+
 __all__ = ["IMAGE_ENDINGS", "read_image", "reason_unreadable"]
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -23,7 +25,7 @@ def read_image(path: Path | io.BytesIO, size: int, crop: list[float] | None = No
     Args:
         path: a file of any kind that Pillow knows, or its content.
         size: height and width of the result, in pixels.
-        crop: which part, as shares of the image (left, top, width, height, mirror); the largest square in the centre for None.
+        crop: one row of `random_crops`: area, aspect, x, y and mirror; the largest square in the centre for None.
 
     Raises:
         Exception: of many types, as Pillow has it, for a file that is absent, damaged, no image or too large; ValueError where the range
@@ -31,25 +33,37 @@ def read_image(path: Path | io.BytesIO, size: int, crop: list[float] | None = No
     """
     from PIL import Image, ImageOps
 
-    left, top, wide, high, mirror = crop or (0, 0, 1, 1, 0)
-    need = math.ceil(2 * size / min(wide, high))  # of both sides: which one is the height is known only once the image is upright
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow remarks on large images and on odd metadata, and reads them all the same
         with Image.open(path) as image:
-            image.draft(None, (need, need))  # a large JPEG costs a fraction of the time at a half, a quarter or an eighth of its size
+            *_, wide, high = _box(crop, *image.size, _on_its_side(image))
+            # A large JPEG costs a fraction of the time at a half, a quarter or an eighth of its size: twice what is needed is enough.
+            image.draft(None, tuple(math.ceil(2 * size * whole / part) for whole, part in zip(image.size, (wide, high), strict=True)))
             image.load()
             with contextlib.suppress(Exception):  # where the metadata are damaged, the pixels are not
                 ImageOps.exif_transpose(image, in_place=True)
             image = _in_colour(image)
-    width, height = image.size
-    if crop is None:
-        side = min(width, height)
-        box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-    else:  # shares are rounded numbers, and may add up to a little more than the whole
-        box = (left * width, top * height, min((left + wide) * width, width), min((top + high) * height, height))
+    left, top, wide, high = _box(crop, *image.size)
+    box = (left, top, min(left + wide, image.width), min(top + high, image.height))  # rounding may push it over the edge
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+    mirror = crop is not None and crop[4]
     pixels = np.array(ImageOps.mirror(image) if mirror else image)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _box(crop: list[float] | None, width: int, height: int, on_its_side: bool = False) -> list[float]:
+    """Left, top, width and height of a crop in the pixels of an image that is stored upright or on its side."""
+    if on_its_side:
+        left, top, wide, high = _box(crop, height, width)
+        return [top, left, high, wide]
+    return list(centre_square(width, height)) if crop is None else crop_box(torch.tensor(crop), width, height).tolist()
+
+
+def _on_its_side(image) -> bool:
+    """Whether an image's metadata say that its stored width is its height."""
+    with contextlib.suppress(Exception):  # damaged metadata
+        return image.getexif().get(0x0112) in (5, 6, 7, 8)
+    return False
 
 
 def _in_colour(image):

@@ -21,7 +21,12 @@ __all__ = ["naming_dead_workers", "steps_per_epoch", "training_batches"]
 
 
 def training_batches(
-    source: MemoryImages | FolderImages, cfg: IJepaConfig, epoch: int, first_step: int = 0, part: tuple[int, int] = (0, 1)
+    source: MemoryImages | FolderImages,
+    cfg: IJepaConfig,
+    epoch: int,
+    first_step: int = 0,
+    part: tuple[int, int] = (0, 1),
+    device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
     """The augmented batches (B, C, S, S) of one epoch, each image once; a short last batch is left out.
 
@@ -43,7 +48,7 @@ def training_batches(
     rank, ranks = part
     mine = slice(rank * size // ranks, (rank + 1) * size // ranks)
     if crops:
-        yield from source.augmented(index[:, mine], torch.stack(crops)[:, mine])
+        yield from source.augmented(index[:, mine], torch.stack(crops)[:, mine], device)
 
 
 def steps_per_epoch(source: MemoryImages | FolderImages, cfg: IJepaConfig) -> int:

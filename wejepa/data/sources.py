@@ -1,8 +1,9 @@
 """Images to learn from. Two kinds of source share one interface.
 
 `MemoryImages` holds every image as bytes and augments a batch at a time; `FolderImages` decodes files, in worker processes if asked, and
-`RowImages` the rows of a Hugging Face data set in the same way. All give what the encoder takes: float32 (B, C, S, S), normalised. A file
-that cannot be read is named in a warning and passed over; too many of them are an error.
+`RowImages` the rows of a Hugging Face data set in the same way. All give what the encoder takes: float32 (B, C, S, S), normalised, on the
+device that they are asked for: bytes travel there, a quarter as much, and the device crops what is in memory and normalises. A file that
+cannot be read is named in a warning and passed over; too many of them are an error.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from wejepa.data.crops import normalise, with_channels
+from wejepa.data.crops import centre_square, crop_box, normalise, resample, to_device, with_channels
 from wejepa.data.decoding import read_image, reason_unreadable
 from wejepa.data.loaders import naming_dead_workers
 from wejepa.errors import DataError
@@ -60,25 +60,25 @@ class MemoryImages:
         """`index` as it is: what is in memory has been read."""
         return index
 
-    def batches(self, index: Tensor, batch_size: int) -> Iterator[Tensor]:
-        """The images as they are, at the encoder's size, in the order of `index`: (B, C, S, S) each."""
+    def batches(self, index: Tensor, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """The images as they are, the largest square in the centre at the encoder's size, in the order of `index`: (B, C, S, S) each."""
+        height, width = self.images.shape[-2:]
+        box = torch.tensor(centre_square(width, height), device=device)
         for part in index.split(batch_size):
-            x = normalise(self.images[part], self.mean, self.std)
-            if x.shape[-2:] != (self.img_size, self.img_size):
-                x = F.interpolate(x, size=(self.img_size, self.img_size), mode="bilinear", antialias=True)
-            yield with_channels(x, self.in_chans)
+            x = to_device(self.images[part], device)
+            if (height, width) != (self.img_size, self.img_size):
+                x = resample(x, box.expand(len(part), 4), torch.zeros(len(part), device=device), self.img_size)
+            yield self._prepared(x)
 
-    def augmented(self, index: Tensor, crops: Tensor) -> Iterator[Tensor]:
-        """One augmented batch for each row of `index` (steps, B) under `crops` (steps, B, 5): (B, C, S, S) each."""
+    def augmented(self, index: Tensor, crops: Tensor, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """One augmented batch for each row of `index` (steps, B) under `random_crops` (steps, B, 5): (B, C, S, S) each."""
+        height, width = self.images.shape[-2:]
         for part, crop in zip(index, crops, strict=True):
-            left, top, wide, high, mirror = crop.unbind(1)
-            theta = torch.zeros(len(part), 2, 3)  # one affine map an image crops, resizes and mirrors at once
-            theta[:, 0, 0], theta[:, 0, 2] = wide * (1 - 2 * mirror), 2 * left + wide - 1
-            theta[:, 1, 1], theta[:, 1, 2] = high, 2 * top + high - 1
-            at = F.affine_grid(theta, [len(part), 1, self.img_size, self.img_size], align_corners=False)
-            x = normalise(self.images[part], self.mean, self.std)
-            x = F.grid_sample(x, at, mode="bilinear", padding_mode="border", align_corners=False)
-            yield with_channels(x, self.in_chans)
+            x, crop = to_device(self.images[part], device), crop.to(device)
+            yield self._prepared(resample(x, crop_box(crop, width, height), crop[:, 4], self.img_size))
+
+    def _prepared(self, pixels: Tensor) -> Tensor:
+        return with_channels(normalise(pixels, self.mean, self.std), self.in_chans)
 
 
 class FolderImages(torch.utils.data.Dataset):
@@ -130,7 +130,7 @@ class FolderImages(torch.utils.data.Dataset):
         """One image, or what stands in for it.
 
         Args:
-            item: an index, and a crop as shares of the image (left, top, width, height, mirror); None for its centre.
+            item: an index, and one row of `random_crops` (area, aspect, x, y, mirror); None for the image's centre.
 
         Returns:
             Bytes (3, S, S), and the (index, reason) of each file that could not be read on the way. Under a crop the next readable file
@@ -151,7 +151,7 @@ class FolderImages(torch.utils.data.Dataset):
     def _opened(self, i: int) -> Path | io.BytesIO:
         return self.files[i]
 
-    def batches(self, index: Tensor, batch_size: int) -> Iterator[Tensor]:
+    def batches(self, index: Tensor, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
         """The centres of the images in the order of `index`: (B, C, S, S) each.
 
         Raises:
@@ -161,10 +161,10 @@ class FolderImages(torch.utils.data.Dataset):
             if failed:
                 i, reason = failed[0]
                 raise DataError(f"{self.files[i]} cannot be read as an image ({reason}): repair or remove it")
-            yield self._prepared(pixels)
+            yield self._prepared(to_device(pixels, device))
 
-    def augmented(self, index: Tensor, crops: Tensor) -> Iterator[Tensor]:
-        """One augmented batch for each row of `index` (steps, B) under `crops` (steps, B, 5): (B, C, S, S) each.
+    def augmented(self, index: Tensor, crops: Tensor, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """One augmented batch for each row of `index` (steps, B) under `random_crops` (steps, B, 5): (B, C, S, S) each.
 
         The next readable file stands in for one that cannot be read, whatever its class.
 
@@ -174,7 +174,7 @@ class FolderImages(torch.utils.data.Dataset):
         items = (list(zip(part.tolist(), crop.tolist(), strict=True)) for part, crop in zip(index, crops, strict=True))
         for pixels, failed in self._load(items):
             self._pass_over(failed)
-            yield self._prepared(pixels)
+            yield self._prepared(to_device(pixels, device))
 
     def readable(self, index: Tensor) -> Tensor:
         """`index` (N,) without the files that cannot be read: every file is decoded, once in the life of this object.

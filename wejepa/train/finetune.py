@@ -235,7 +235,7 @@ def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: Finetune
         order = index[torch.randperm(len(index), generator=generator_for(finetune.seed, epoch))]
         parts = order[: per_epoch * batch_size].view(per_epoch, batch_size)
         crops = torch.stack([random_crops(batch_size, cfg, generator_for(finetune.seed, epoch, i)) for i in range(per_epoch)])
-        for part, images in zip(parts, source.augmented(parts, crops), strict=True):
+        for part, images in zip(parts, source.augmented(parts, crops, device), strict=True):
             rate = min(1.0, 10 * (step + 1) / steps) * cosine(step / steps, cfg.optimizer.base_learning_rate, 0.0)
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -145,7 +145,7 @@ class Pretraining:
 
         cfg, per_epoch = self.cfg, self.steps_per_epoch
         epoch, first = divmod(self.step, per_epoch)
-        batches = training_batches(self.source, cfg, epoch, first, part=(self.ranks.rank, self.ranks.world))
+        batches = training_batches(self.source, cfg, epoch, first, part=(self.ranks.rank, self.ranks.world), device=self.device)
         quiet = {} if self.ranks.first else {"disable": True}  # for the first, TQDM_DISABLE decides
         bar = tqdm(batches, initial=first, total=per_epoch, leave=False, desc=f"epoch {epoch + 1}/{cfg.optimizer.epochs}", **quiet)
         begun = time.perf_counter() - self.seconds
