@@ -105,7 +105,7 @@ def test_without_minutes_only_epochs_write(cfg):
     cfg.hardware.checkpoint_minutes, cfg.hardware.checkpoint_every = 0.0, 1
     with pytest.raises(Ended):
         end_after(cfg, HALF + 3, die)
-    assert names(Path(cfg.hardware.output_dir)) == ["latest.pt", "log.txt", f"step_{HALF:08d}.pt"]
+    assert names(Path(cfg.hardware.output_dir)) == ["latest.pt", "log.txt", "run.json", f"step_{HALF:08d}.pt"]
 
 
 def test_minutes_are_counted_from_the_last_checkpoint(cfg, monkeypatch):
@@ -241,11 +241,11 @@ def test_the_newest_stay_and_every_so_many_epochs_for_good(cfg):
     cfg.hardware.checkpoint_every, cfg.hardware.keep_checkpoints, cfg.hardware.keep_every = 1, 2, 3
     latest = launch_pretraining(cfg).checkpoint
     kept = [HALF * epoch for epoch in (3, 6, 7)]
-    assert names(latest.parent) == ["latest.pt", "log.txt", *(f"step_{step:08d}.pt" for step in kept)]
+    assert names(latest.parent) == ["latest.pt", "log.txt", "run.json", *(f"step_{step:08d}.pt" for step in kept)]
     assert latest.samefile(latest.with_name(f"step_{7 * HALF:08d}.pt"))
     cfg.hardware.output_dir, cfg.hardware.keep_checkpoints, cfg.hardware.keep_every = str(latest.parent.parent / "one"), 1, 0
     latest = launch_pretraining(cfg).checkpoint
-    assert names(latest.parent) == ["latest.pt", "log.txt", f"step_{7 * HALF:08d}.pt"]
+    assert names(latest.parent) == ["latest.pt", "log.txt", "run.json", f"step_{7 * HALF:08d}.pt"]
 
 
 def test_checkpoints_for_good_do_not_wait_for_the_others(cfg):
@@ -314,11 +314,11 @@ def test_starting_afresh_moves_an_earlier_run_aside(cfg, whole, capsys):
     for number in (1, 2):
         launch_pretraining(cfg)
         assert f"is now in {latest.parent / f'earlier-{number}'}" in capsys.readouterr().out
-    assert names(latest.parent / "earlier-1") == ["log.txt", f"step_{STEPS:08d}.pt"]
+    assert names(latest.parent / "earlier-1") == ["log.txt", "run.json", f"step_{STEPS:08d}.pt"]
     assert_same(latest.parent / "earlier-1" / f"step_{STEPS:08d}.pt", whole)
     assert (latest.parent / "earlier-1" / "log.txt").read_text() == lines
     assert load_checkpoint(latest)["step"] == HALF
-    assert names(latest.parent) == ["earlier-1", "earlier-2", "latest.pt", "log.txt", f"step_{HALF:08d}.pt"]
+    assert names(latest.parent) == ["earlier-1", "earlier-2", "latest.pt", "log.txt", "run.json", f"step_{HALF:08d}.pt"]
 
 
 def test_going_back_to_an_older_checkpoint_moves_the_newer_ones_aside(cfg, whole):
@@ -327,7 +327,7 @@ def test_going_back_to_an_older_checkpoint_moves_the_newer_ones_aside(cfg, whole
     half = latest.with_name(f"step_{HALF:08d}.pt")
     with pytest.raises(Ended):
         end_after(cfg, HALF + 2, die, resume=half)
-    assert names(latest.parent) == ["earlier-1", "latest.pt", "log.txt", half.name]
+    assert names(latest.parent) == ["earlier-1", "latest.pt", "log.txt", "run.json", half.name]
     assert latest.samefile(half)
     assert_same(launch_pretraining(cfg, resume="auto").checkpoint, whole)
 
@@ -415,7 +415,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(cfg, whole):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     folder = Path(cfg.hardware.output_dir)
-    assert names(folder) == ["latest.pt", "log.txt", f"step_{HALF:08d}.pt"]
+    assert names(folder) == ["latest.pt", "log.txt", "run.json", f"step_{HALF:08d}.pt"]
     assert_same(launch_pretraining(cfg, resume="auto").checkpoint, whole)
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from wejepa.config import IJepaConfig
 from wejepa.errors import CheckpointError
 from wejepa.train.checkpoints import Expected, flush_folder, read_training_state, save_checkpoint
+from wejepa.train.lock import FolderLock
 from wejepa.train.ranks import Ranks
 
-__all__ = ["LATEST", "LOG", "CheckpointFolder", "resume_from"]
+__all__ = ["LATEST", "LOG", "RUN", "CheckpointFolder", "about_run", "resume_from"]
 
 LATEST = "latest.pt"
 LOG = "log.txt"
+RUN = "run.json"  # which run the folder belongs to
 
 
 class CheckpointFolder:
-    """A run's checkpoints: step_00000120.pt and so on, and latest.pt, another name of the newest.
+    """A run's checkpoints: step_00000120.pt and so on, and latest.pt, another name of the newest; and run.json, which says whose they are.
 
     Args:
         folder: where they are.
@@ -29,6 +35,8 @@ class CheckpointFolder:
 
     def __init__(self, folder: str | Path, keep: int = 2, keep_steps: int = 0):
         self.folder, self.keep, self.keep_steps = Path(folder), keep, keep_steps
+        self.lock = FolderLock(self.folder)
+        self._about: dict[str, Any] = {}  # what begin has written into run.json
 
     @property
     def latest(self) -> Path:
@@ -39,8 +47,8 @@ class CheckpointFolder:
         """The checkpoints that are there, the newest first; latest.pt only where it is not one of the numbered ones."""
         return self._numbered() + ([self.latest] if self._latest_is_alone() else [])
 
-    def begin(self, resumed: Path | None = None, step: int = 0) -> str | None:
-        """Make the folder ready for a run that goes on from `resumed` at `step`, or starts afresh for None.
+    def begin(self, resumed: Path | None = None, step: int = 0, about: dict[str, Any] | None = None) -> str | None:
+        """Make the folder ready for a run that goes on from `resumed` at `step`, or starts afresh for None; `about` goes into run.json.
 
         What another run, or this one after that step, has left is moved into a folder earlier-1, -2, ...: nothing is lost, and nothing of
         it is taken for this run's.
@@ -53,7 +61,7 @@ class CheckpointFolder:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for aside in self.folder.glob(".*.pt.*.tmp"):  # what a killed process was writing
+            for aside in self.folder.glob(".*.tmp"):  # what a killed process was writing
                 aside.unlink()
             same = resumed is not None and resumed.parent.resolve() == self.folder.resolve()
             stale = [path for path in self._numbered() if not same or _step_of(path) > step]
@@ -61,16 +69,40 @@ class CheckpointFolder:
                 stale += [self.latest] if not (same and self.latest.samefile(resumed)) else []
             elif any(self.latest.is_file() and self.latest.samefile(path) for path in stale):
                 self.latest.unlink()
-            if stale and not same and (self.folder / LOG).is_file():
-                stale.append(self.folder / LOG)
+            if stale and not same:
+                stale += [path for path in (self.folder / LOG, self.folder / RUN) if path.is_file()]
             moved = self._move_aside(stale)
             if same and resumed.name != LATEST:
                 self._link(resumed)
             with open(self.folder / LOG, "a"):  # a folder that cannot be written to is refused now, not after hours
                 pass
+            self._about = json.loads(json.dumps(about or {}))  # as it is read back
+            self._write_about()  # last: a run that dies before has not begun
         except OSError as error:
             raise CheckpointError(f"cannot write to {self.folder} ({error}): choose another hardware.output_dir") from error
         return moved
+
+    def take_again(self) -> None:
+        """Lock the folder for a run that had let go of it, if no other run has begun there since.
+
+        Raises:
+            CheckpointError: one has, or is under way.
+        """
+        if not self.lock.held:
+            self.lock.take(self._about)
+            if self.about() != self._about:
+                self.lock.release()
+                raise CheckpointError(
+                    f"another run has begun in {self.folder} since: go on from a checkpoint, in another hardware.output_dir"
+                )
+
+    def about(self) -> dict[str, Any]:
+        """What run.json says of the run that the folder belongs to, see `about_run`; nothing where there is no such file."""
+        try:
+            about = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return about if isinstance(about, dict) else {}
 
     def save(self, state: dict[str, Any]) -> Path:
         """Write the state of a step, remove what is older than the newest `keep`, and return the path of latest.pt."""
@@ -83,6 +115,15 @@ class CheckpointFolder:
         except OSError as error:
             raise CheckpointError(f"cannot write {self.latest} ({error}); {path} is whole: resume from it") from error
         return self.latest
+
+    def _write_about(self) -> None:
+        aside = self.folder / f".{RUN}.{os.getpid()}.tmp"
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(json.dumps(self._about, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, self.folder / RUN)
+        flush_folder(self.folder)
 
     def _link(self, path: Path) -> None:
         aside = self.folder / f".{LATEST}.{os.getpid()}.tmp"
@@ -124,10 +165,22 @@ def _step_of(path: Path) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
+def about_run(cfg: IJepaConfig) -> dict[str, Any]:
+    """What a folder's run.json, and its lock, tell of a run: the process that began it, the host, the time, and the config."""
+    images = "fake data" if cfg.data.use_fake_data else f"data.dataset = {cfg.data.dataset!r}"
+    return {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "run": f"{images}, {cfg.optimizer.epochs} epochs",
+        "config": cfg.to_dict(),
+    }
+
+
 def resume_from(
     resume: str | Path | None, folder: CheckpointFolder, expected: Expected, ranks: Ranks, log: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """Choose the checkpoint to go on from, and make the output folder ready. Every process of the run calls it.
+    """Lock the output folder, choose the checkpoint to go on from, and make the folder ready. Every process of the run calls it.
 
     Args:
         resume: a checkpoint; "auto" for the newest good one in the folder, if any; None to start afresh.
@@ -140,16 +193,22 @@ def resume_from(
         The state in it, or None where the run starts afresh.
 
     Raises:
-        CheckpointError: the checkpoint, or every one that is there, cannot be resumed.
+        CheckpointError: another process trains there; or the checkpoint, or every one that is there, cannot be resumed. In all processes.
     """
-    path, notes, state = _choose(resume, folder, expected) if ranks.first else (None, [], None)
-    path = ranks.from_first(path)
-    if path is not None:
-        state = state or read_training_state(path, expected)
-    ranks.sum(0)  # all have read it before files are moved
+    about = about_run(expected.cfg)
+    read = {}
+
+    def choose() -> tuple[Path | None, list[str | None]]:
+        without_locks = folder.lock.take(about)
+        path, notes, read[path] = _choose(resume, folder, expected)
+        return path, [*notes, without_locks]
+
+    path, notes = ranks.once(choose)
+    state = ranks.together(lambda: read.get(path) or read_training_state(path, expected)) if path else None
+    # All have read it before files are moved.
+    step = state["step"] if state else 0
+    moved = ranks.once(lambda: folder.begin(path, step, about))
     if ranks.first:
-        step = state["step"] if state else 0
-        moved = folder.begin(path, step)
         for line in [*notes, moved, f"going on from {path} at step {step}" if path else None]:
             if line:
                 log(line)

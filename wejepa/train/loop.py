@@ -6,6 +6,7 @@ import contextlib
 import math
 import signal
 import time
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,18 @@ class Pretraining:
         self.losses, self.seconds = [], 0.0  # of the epoch under way
         self._unreadable_logged, self._saved_at = 0, time.monotonic()
 
+        weakref.finalize(self, self.checkpoints.lock.release)
+        try:
+            self._begin(resume)
+        except BaseException:
+            self.checkpoints.lock.release()
+            raise
+
+    def _begin(self, resume: str | Path | None) -> None:
+        """The model and the optimizer, as they are at the first step or as a checkpoint holds them, and the folder made ready."""
+        h = self.cfg.hardware
         torch.manual_seed(h.seed)  # the initial weights; all later choices have generators of their own
-        self.model = IJEPA_base(cfg)
+        self.model = IJEPA_base(self.cfg)
         self.monitor = Monitor(self.cfg, self.source, self.model)
         expected = Expected(self.cfg, self.model.state_dict(), self._trained(), self.steps_per_epoch, self.source.fingerprint)
         state = resume_from(resume, self.checkpoints, expected, self.ranks, self.log.write)
@@ -128,8 +139,15 @@ class Pretraining:
         Raises:
             RunInterrupted: a signal came.
             TrainingError: the loss or the gradient is no longer finite; the last checkpoint is from before.
-            CheckpointError: one could not be written.
+            CheckpointError: one could not be written; or, where the object has run before, another run has taken the folder since.
         """
+        try:
+            return self._run()
+        finally:
+            self.checkpoints.lock.release()
+
+    def _run(self) -> Path:
+        self.ranks.once(self.checkpoints.take_again)
         last, self._saved_at = self.cfg.optimizer.epochs * self.steps_per_epoch, time.monotonic()
         # A worker's death is noticed wherever the main process happens to be, so both guards are around everything.
         with Interruption() as interruption, freed_memory_kept(), naming_dead_workers(self.cfg.data.num_workers):

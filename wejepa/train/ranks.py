@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wejepa.errors import ConfigError
+from wejepa.errors import ConfigError, WejepaError
 from wejepa.model import IJEPA_base, IJepaLoss
 
 __all__ = ["Ranks", "gathered", "shard", "spread_like"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,28 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What the function gives in this process; if it fails in any process, its error is raised in all, and none waits for another."""
+        if self.world == 1:
+            return function()
+        result, error = None, None
+        try:
+            result = function()
+        except Exception as caught:
+            error = caught
+        told = (
+            error if error is None or isinstance(error, WejepaError) else RuntimeError(f"rank {self.rank}: {type(error).__name__}: {error}")
+        )
+        errors = [None] * self.world
+        dist.all_gather_object(errors, told)
+        if error := error or next((e for e in errors if e is not None), None):
+            raise error
+        return result
+
+    def once(self, function: Callable[[], T]) -> T:
+        """What the function gives in the first process, in every process; the others do not call it. Its error is raised in all."""
+        return self.from_first(self.together(function if self.first else lambda: None))
 
     def leave(self) -> None:
         """Part from the other processes, all of them at the same point.
