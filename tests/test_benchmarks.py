@@ -11,6 +11,7 @@ from benchmarks import loading
 from benchmarks.against_peers import make_transformers_encoder, peer
 from benchmarks.curve import averaged, seconds_to
 from benchmarks.learning import merge, table
+from benchmarks.mutations import MUTATIONS, ROOT
 from benchmarks.scaling import exponent
 from benchmarks.step import arithmetic, configuration
 from benchmarks.timing import Contender, Times, in_turn, milliseconds, ratio, tell
@@ -120,3 +121,12 @@ def test_transformers_encoder_gets_our_weights():
     cfg = configuration("32 x 32", bfloat16=False)
     cfg.data.train_batch_size, cfg.model.enc_depth = 2, 2
     make_transformers_encoder(cfg, tolerance=1e-5)()  # refuses what differs
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_a_mutations_text_is_in_the_package_once_and_its_tests_exist(mutation):
+    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
+    assert mutation.new != mutation.old and mutation.tests
+    for test in mutation.tests:
+        file, function = test.split("::")
+        assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text()

@@ -120,6 +120,28 @@ def test_while_writing_the_old_file_is_there(path, state, monkeypatch):
     assert seen == [7] and load_checkpoint(path)["step"] == 8
 
 
+def test_a_file_is_flushed_whole_before_it_takes_the_name_and_the_folder_after(path, state, monkeypatch):
+    """Without it a power failure leaves an empty file under the right name, or the old one where the run has gone on."""
+    fsync, replace, events = os.fsync, os.replace, []
+
+    def flushed(handle):
+        found = os.fstat(handle)
+        events.append(("flushed", found.st_ino, found.st_size))
+        fsync(handle)
+
+    def renamed(old, new):
+        found = os.stat(old)
+        events.append(("renamed", found.st_ino, found.st_size))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    save_checkpoint(path, {**state, "step": 8})
+    new, folder = path.stat(), path.parent.stat()
+    assert events[:2] == [("flushed", new.st_ino, new.st_size), ("renamed", new.st_ino, new.st_size)]
+    assert [event[:2] for event in events[2:]] == [("flushed", folder.st_ino)]
+
+
 def test_another_name_of_the_old_file_keeps_its_content(path, state):
     """latest.pt is one: a new checkpoint must not be written through it."""
     os.link(path, path.with_name("other.pt"))

@@ -90,6 +90,20 @@ def test_choosing_never_looks_at_the_test_images():
     assert torch.equal(beside.predictions[:200], alone.predictions)
 
 
+def test_the_pair_is_chosen_on_images_that_were_held_out(monkeypatch):
+    """None of the images that a pair is judged on has trained it, and the regression that counts is trained on all of them."""
+    asked, fit = [], finetune._softmax_regressions
+    monkeypatch.setattr(finetune, "_softmax_regressions", lambda *args: asked.append(args) or fit(*args))
+    (x, y), (test_x, test_y) = features(200, 0), features(50, 1)
+    x[:, 0] = torch.arange(200)  # each image has a number
+    fit_probe(x, y, test_x, test_y, protocol(epochs=1))
+    (kept_x, kept_y, held_x, *_), (train_x, _, tested_x, *_) = asked
+    kept, held = kept_x[:, 0].long(), held_x[:, 0].long()
+    assert (len(kept), len(held)) == (160, 40) and torch.cat([kept, held]).unique().numel() == 200
+    assert torch.equal(kept_y, y[kept])
+    assert torch.equal(train_x, x) and torch.equal(tested_x, test_x)
+
+
 def test_the_choice_depends_on_the_training_features():
     results = [fit_probe(*features(200, s, spread), *features(50, 9), protocol(epochs=8)) for s, spread in enumerate((0.1, 2.0, 4.0, 8.0))]
     assert len({(r.learning_rate, r.weight_decay) for r in results}) > 1
@@ -100,6 +114,24 @@ def test_the_probe_repeats_and_follows_its_seed():
     one, again, other = (fit_probe(*data, protocol(seed=seed)) for seed in (0, 0, 1))
     assert one.history == again.history and torch.equal(one.predictions, again.predictions)
     assert not torch.equal(one.predictions, other.predictions)
+
+
+def test_the_probes_decay_takes_its_share_of_the_weights_and_none_of_the_biases(monkeypatch):
+    shares, predictions = [], []
+
+    class Watched(torch.optim.AdamW):
+        def __init__(self, groups, **options):
+            shares.append([group["lr"] * group["weight_decay"] for group in groups[:2]])  # one pair's weights and biases
+            super().__init__(groups, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    data = (*features(200, 0, spread=3.0), *features(400, 1, spread=3.0))
+    for decay in (0.0, 0.01):
+        monkeypatch.setattr(finetune, "WEIGHT_DECAYS", (decay,))
+        predictions.append(fit_probe(*data, protocol(epochs=20)).predictions)
+    assert [weights for weights, _ in shares] == pytest.approx([0.0, 0.0, 0.01, 0.01])  # when it is chosen, and when it is trained
+    assert all(biases == 0 for _, biases in shares)
+    assert not torch.equal(*predictions)
 
 
 def test_the_probe_takes_features_of_constant_coordinates_and_any_scale():
@@ -254,6 +286,17 @@ def test_the_supervised_encoder_is_trained_and_serves_under_both_names(model, mo
     teacher = supervised.teacher_encoder.state_dict()
     for name, value in supervised.student_encoder.state_dict().items():
         assert torch.equal(value, teacher[name]) and not torch.equal(value, untrained[name]), name
+
+
+def test_the_supervised_rows_rate_rises_for_a_tenth_and_fades_along_a_cosine(model, monkeypatch):
+    rates = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append({group["lr"] for group in self.param_groups}))
+    by_pattern(monkeypatch)
+    model.cfg.optimizer.base_learning_rate = 2e-3
+    finetune.train_supervised(model.cfg, finetune.load_images(model.cfg), torch.arange(60), protocol(supervised_epochs=5))
+    steps = 30  # five epochs of six batches
+    expected = [2e-3 * min(1, (step + 1) / 3) * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
+    assert [rate for (rate,) in rates] == pytest.approx(expected)
 
 
 def test_the_command_line_probes_and_compares(tmp_path, capsys):

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from wejepa import devices
+from wejepa.analysis.features import encode_images
 from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig, OptimizerConfig, default_config, hf224_config
 from wejepa.data import load_images, steps_per_epoch
 from wejepa.errors import CheckpointError, ConfigError, DataError, TrainingError
-from wejepa.train import pretrain
+from wejepa.train import callbacks, pretrain
 from wejepa.train.callbacks import Monitor, OnEpoch
 from wejepa.train.checkpoints import load_checkpoint, load_model
 from wejepa.train.loop import Pretraining, parameter_groups
@@ -165,6 +166,16 @@ def test_the_optimizer_follows_the_schedule(cfg):
     assert run.step == 6
 
 
+def test_the_optimizer_remembers_ten_gradients_and_twenty_squares(cfg):
+    """Their moments after one step are a tenth of the gradient and a twentieth of its square, not PyTorch's thousandth."""
+    run = Pretraining(cfg)
+    run.train_step(torch.randn(8, 1, 16, 16))
+    for group in run.optimizer.param_groups:
+        for p in group["params"]:
+            torch.testing.assert_close(run.optimizer.state[p]["exp_avg"], 0.1 * p.grad)
+            torch.testing.assert_close(run.optimizer.state[p]["exp_avg_sq"], 0.05 * p.grad**2)
+
+
 def test_the_teacher_follows_with_the_schedules_momentum(cfg):
     run, images = Pretraining(cfg), torch.randn(8, 1, 16, 16)
     for step in range(5):
@@ -228,6 +239,24 @@ def test_monitoring_looks_at_the_teacher_and_changes_nothing(cfg):
     collapsed = run.monitor()
     assert first["teacher_variance"] > 0.01 and first["rankme"] > 1.1
     assert collapsed["teacher_variance"] == pytest.approx(0, abs=1e-9) and collapsed["rankme"] == pytest.approx(1, abs=0.01)
+
+
+def test_the_monitor_asks_other_images_than_vote_and_draws_all_of_them_at_random(cfg, monkeypatch):
+    """An image that votes for itself is always right; and a folder is sorted by class, so its first images may all be of one."""
+    asked = []
+    monkeypatch.setattr(callbacks, "knn_accuracy", lambda *parts: asked.append(parts) or 0.0)
+    cfg.data.fake_data_size = 3000
+    run = Pretraining(cfg)
+    run.source.labels = torch.arange(3000)  # each image has a name of its own
+    run.monitor()
+    ((voters_x, voters, queries_x, queries),) = asked
+    assert (len(voters), len(queries)) == (1000, 500)
+    drawn = torch.cat([voters, queries])
+    assert len(drawn.unique()) == 1500
+    for some in (voters, queries):
+        assert 0.4 < (some < 1500).float().mean() < 0.6
+    tokens = encode_images(run.model, run.source, drawn, run.cfg)
+    torch.testing.assert_close(torch.cat([voters_x, queries_x]), tokens.mean(1))
 
 
 # ---------------------------------------------------------------- interruptions

@@ -1,0 +1,224 @@
+"""Would the tests notice a silent error? Each mutation is one, made in a copy of the package; the tests named beside it have to fail.
+
+    python -m benchmarks.mutations                      # all of them, some ten seconds each
+    python -m benchmarks.mutations "no fsync" "AdamW"   # those whose name holds one of these
+
+First the named tests run on the package as it is, where all have to pass. Exit code 1 unless every mutation is noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """An error that no exception gives away.
+
+    Attributes:
+        name: what is wrong.
+        file: where, below the repository.
+        old: the text as it is, found once in the file.
+        new: what takes its place.
+        tests: what has to fail, each as FILE::FUNCTION below tests/.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    # ---------------------------------------------------------------- the method
+    Mutation(
+        "the targets are the student's, with their gradient",
+        "wejepa/model.py",
+        "with torch.no_grad():\n            tokens = self.teacher_encoder(images)",
+        "if True:\n            tokens = self.student_encoder(images)",
+        ("test_model.py::test_targets_are_the_normalised_tokens_of_the_teacher_on_the_whole_image",),
+    ),
+    Mutation(
+        "the targets keep their gradient",
+        "wejepa/model.py",
+        "with torch.no_grad():\n            tokens",
+        "if True:\n            tokens",
+        ("test_model.py::test_the_teacher_gets_no_gradient",),
+    ),
+    Mutation(
+        "the targets are not layer-normalised",
+        "wejepa/model.py",
+        "F.layer_norm(hidden, hidden.shape[-1:])",
+        "hidden",
+        ("test_model.py::test_targets_are_layer_normalised",),
+    ),
+    Mutation(
+        "positions added twice",
+        "wejepa/model.py",
+        "(positions if keep is None else F.embedding(keep, positions[0]))",
+        "2 * (positions if keep is None else F.embedding(keep, positions[0]))",
+        ("test_model.py::test_the_student_equals_a_computation_by_hand",),
+    ),
+    Mutation(
+        "features are the student's",
+        "wejepa/model.py",
+        'def encode(self, images: Tensor, encoder: str = "teacher")',
+        'def encode(self, images: Tensor, encoder: str = "student")',
+        ("test_model.py::test_shapes",),
+    ),
+    Mutation(
+        "no target in the last row",
+        "wejepa/masking.py",
+        "grid_size[0] - block[0] + 1",
+        "max(1, grid_size[0] - block[0])",
+        ("test_masking.py::test_every_patch_is_reachable_as_target_and_as_context",),
+    ),
+    # ---------------------------------------------------------------- training
+    Mutation(
+        "the teacher stands still",
+        "wejepa/train/loop.py",
+        "self.model.momentum_update(now.momentum)",
+        "pass",
+        ("test_pretrain.py::test_the_teacher_follows_with_the_schedules_momentum",),
+    ),
+    Mutation(
+        "AdamW's own betas",
+        "wejepa/train/loop.py",
+        "betas=BETAS, ",
+        "",
+        ("test_pretrain.py::test_the_optimizer_remembers_ten_gradients_and_twenty_squares",),
+    ),
+    Mutation(
+        "biases and norms decay",
+        "wejepa/train/loop.py",
+        'p.dim() > 1 and name.endswith("weight")',
+        "True",
+        ("test_pretrain.py::test_weights_decay_and_nothing_else_does",),
+    ),
+    Mutation(
+        "a resumed run forgets AdamW's moments",
+        "wejepa/train/loop.py",
+        'self._set_moments(state["moments"])',
+        "pass",
+        ("test_pretrain.py::test_a_run_can_be_interrupted_twice",),
+    ),
+    Mutation(
+        "every epoch has the same crops",
+        "wejepa/data/loaders.py",
+        "generator_for(seed, epoch, ",
+        "generator_for(seed, 0, ",
+        ("test_data.py::test_the_augmentation_of_one_image_differs_between_epochs",),
+    ),
+    Mutation(
+        "no image is mirrored",
+        "wejepa/data/crops.py",
+        "(u[4] < 0.5)",
+        "(u[4] < 0)",
+        ("test_data.py::test_random_crops_lie_inside_the_image",),
+    ),
+    Mutation(
+        "no fsync",
+        "wejepa/train/checkpoints.py",
+        "os.fsync(file.fileno())",
+        "pass",
+        ("test_checkpoints.py::test_a_file_is_flushed_whole_before_it_takes_the_name_and_the_folder_after",),
+    ),
+    # ---------------------------------------------------------------- the judges
+    Mutation(
+        "the monitor's queries vote for themselves",
+        "wejepa/train/callbacks.py",
+        "knn_accuracy(x[:voters], y[:voters], ",
+        "knn_accuracy(x, y, ",
+        ("test_pretrain.py::test_the_monitor_asks_other_images_than_vote_and_draws_all_of_them_at_random",),
+    ),
+    Mutation(
+        "the monitor takes the first images",
+        "wejepa/train/callbacks.py",
+        "torch.randperm(len(self.source), generator=generator_for(self.cfg.hardware.seed))",
+        "torch.arange(len(self.source))",
+        ("test_pretrain.py::test_the_monitor_asks_other_images_than_vote_and_draws_all_of_them_at_random",),
+    ),
+    Mutation(
+        "the supervised row at a constant rate",
+        "wejepa/train/finetune.py",
+        "min(1.0, 10 * (step + 1) / steps) * cosine(step / steps, cfg.optimizer.base_learning_rate, 0.0)",
+        "cfg.optimizer.base_learning_rate",
+        ("test_finetune.py::test_the_supervised_rows_rate_rises_for_a_tenth_and_fades_along_a_cosine",),
+    ),
+    Mutation(
+        "the probe's decay is ignored",
+        "wejepa/train/finetune.py",
+        '"weight_decay": decay / rate',
+        '"weight_decay": 0.0',
+        ("test_finetune.py::test_the_probes_decay_takes_its_share_of_the_weights_and_none_of_the_biases",),
+    ),
+    Mutation(
+        "the probe's pair is chosen on images that it was trained with",
+        "wejepa/train/finetune.py",
+        "order[: len(order) // 5], order[len(order) // 5 :]",
+        "order[: len(order) // 5], order",
+        ("test_finetune.py::test_the_pair_is_chosen_on_images_that_were_held_out",),
+    ),
+)
+
+
+def run_tests(copy: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess:
+    """pytest on tests of a copy of the repository."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def verdict(copy: Path, mutation: Mutation) -> str:
+    """Make one mutation in the copy, run its tests, and put back what was there."""
+    file = copy / mutation.file
+    source = file.read_text()
+    if source.count(mutation.old) != 1:
+        return "text not found"
+    try:
+        file.write_text(source.replace(mutation.old, mutation.new))
+        done = run_tests(copy, mutation.tests)
+    finally:
+        file.write_text(source)
+    if done.returncode not in (0, 1):  # not a test that fails, but no test at all
+        return f"no verdict: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+    return "noticed" if done.returncode else "survived"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutations", description="Would the tests notice a silent error?")
+    parser.add_argument("names", nargs="*", help="mutations whose name holds one of these; all without")
+    wanted = parser.parse_args(argv).names
+    chosen = [m for m in MUTATIONS if not wanted or any(part in m.name for part in wanted)]
+    if not chosen:
+        parser.error(f"no mutation's name holds any of {wanted}")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("wejepa", "tests", "benchmarks"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        clean = run_tests(copy, tuple(dict.fromkeys(test for m in chosen for test in m.tests)))
+        if clean.returncode:
+            print(clean.stdout + clean.stderr, file=sys.stderr)
+            print("the tests fail without any mutation", file=sys.stderr)
+            return 1
+        verdicts = []
+        for mutation in chosen:
+            verdicts.append(verdict(copy, mutation))
+            print(f"{mutation.name:65} {verdicts[-1]}", flush=True)
+    print(f"{verdicts.count('noticed')} of {len(verdicts)} noticed")
+    return 0 if set(verdicts) == {"noticed"} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
