@@ -17,7 +17,7 @@ help:
 	@echo 'make tutorial   run every notebook on the real images; results in outputs/course/results.md'
 	@echo 'make render     run the notebooks in place and keep their outputs, for those who read without a kernel'
 	@echo 'make lab        open JupyterLab in notebooks/'
-	@echo 'make test       check the style, then run the tests (PYTEST_ARGS="-k masks" for some of them)'
+	@echo 'make test       check the style, then run all tests and all notebooks (PYTEST_ARGS="-k masks" for some of them)'
 	@echo 'make portable   run the tests and notebooks as other processors, precisions and versions of torch would'
 	@echo 'make lint       check the style only'
 	@echo 'make format     put the code in the style'
@@ -43,8 +43,9 @@ tutorial: setup
 render: setup
 	@$(PY) scripts/render_notebooks.py
 
+# As many tests at a time as there are cores; who runs out of them takes half of what another still has to do.
 test: lint
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest --nbmake --nbmake-timeout=600 -n logical --maxprocesses=8 --dist=worksteal $(PYTEST_ARGS)
 
 portable: setup
 	@$(PY) -m benchmarks.portable

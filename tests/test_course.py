@@ -1,6 +1,7 @@
 """The ways into the course besides JupyterLab: `make tutorial`, papermill, nbmake."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +60,54 @@ def test_papermill_tells_each_parameter_with_type_and_meaning(path):
         assert len(parameter["help"]) > 10, name
 
 
-def test_nbmake_runs_a_notebook_as_it_is():
-    """With the mocked parameters and without the exercises, as its metadata say."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--nbmake", ROOT / "notebooks" / "01_patch_embedding.ipynb"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+def code(source: str, **metadata):
+    return nbformat.v4.new_code_cell(source, metadata=metadata)
+
+
+EXERCISE = code("def double(x):\n    ...\n\n\nassert double(2) == 4", tags=["exercise", "skip-execution"])
+SOLVED = code("def double(x):\n    return 2 * x\n\n\nassert double(2) == 4", tags=["exercise", "skip-execution"])
+SWALLOWED = "try:\n    1 / 0\nexcept ZeroDivisionError:\n    get_ipython().showtraceback()"  # as a widget does with its callback's
+DRAWN = "from IPython.display import Image\ndef plot_dot():\n    return Image(data=b'\\x89PNG', format='png')\n\nplot_dot()"
+
+
+def solution(text: str):
+    return nbformat.v4.new_markdown_cell(f"<details><summary>Solution</summary>\n\n```python\n{text}\n```\n</details>")
+
+
+NOTEBOOKS = {  # cells, and what nbmake must say of them; None: nothing
+    "good": ([code(DRAWN), EXERCISE, solution("def double(x):\n    return x + x")], None),
+    "mocked": ([code("n: int = 5", nbmake={"mock": {"n": 2}}), code("assert n == 2")], None),
+    "fails": ([code("assert 1 == 2, 'not one'")], "not one"),
+    "swallowed": ([code(SWALLOWED)], "division by zero"),
+    "not_drawn": ([code("def plot_dot():\n    return 1\n\nplot_dot()")], "the cell draws no picture"),
+    "unsolved": ([SOLVED, solution("def double(x):\n    return x + x")], "passes unsolved"),
+    "wrong": ([EXERCISE, solution("def double(x):\n    return x")], "AssertionError"),
+    "no_solution": ([EXERCISE], "1 exercises, 0 solutions"),
+}
+
+
+def test_nbmake_asks_more_of_a_notebook_than_that_its_cells_run(tmp_path):
+    """notebooks/conftest.py on small notebooks, each with one thing wrong, and on two with nothing."""
+    shutil.copy(ROOT / "notebooks" / "conftest.py", tmp_path)
+    for name, (cells, _) in NOTEBOOKS.items():
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    written = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-rA",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--rootdir",
+        tmp_path,
+        "--nbmake",
+        tmp_path,
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    for name, (_, problem) in NOTEBOOKS.items():
+        assert f"{'FAILED' if problem else 'PASSED'} {name}.ipynb" in done.stdout, (name, done.stdout + done.stderr)
+        assert problem is None or problem in done.stdout, name
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == written
