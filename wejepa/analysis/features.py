@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wejepa.config import IJepaConfig
-from wejepa.data.loaders import naming_dead_workers
 from wejepa.devices import autocast
 from wejepa.errors import ConfigError
 from wejepa.memory import freed_memory_kept
@@ -44,7 +43,7 @@ def encode_images(model: IJEPA_base, source, index: Tensor, cfg: IJepaConfig, en
         with autocast(device, cfg.hardware.mixed_precision):
             return model.encode(images.to(device), encoder=encoder)
 
-    with freed_memory_kept(), naming_dead_workers(cfg.data.num_workers):
+    with freed_memory_kept():
         return extract_tokens(encode, source.batches(index, cfg.data.eval_batch_size, device))
 
 

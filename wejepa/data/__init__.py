@@ -5,23 +5,25 @@ Every random choice is derived from (seed, epoch, step), so a run that stops in 
 
 from wejepa.data.crops import crop_box, normalise, random_crops, resample, with_channels
 from wejepa.data.decoding import read_image
-from wejepa.data.loaders import naming_dead_workers, steps_per_epoch, training_batches
+from wejepa.data.loaders import steps_per_epoch, training_batches
 from wejepa.data.named import IMAGENET, STATISTICS, available_datasets, example_photograph, load_images
 from wejepa.data.sources import FolderImages, MemoryImages, RowImages
+from wejepa.data.workers import DeadWorker, deaths_wait
 from wejepa.seeds import generator_for
 
 __all__ = [
     "IMAGENET",
     "STATISTICS",
+    "DeadWorker",
     "FolderImages",
     "MemoryImages",
     "RowImages",
     "available_datasets",
     "crop_box",
+    "deaths_wait",
     "example_photograph",
     "generator_for",
     "load_images",
-    "naming_dead_workers",
     "normalise",
     "random_crops",
     "read_image",

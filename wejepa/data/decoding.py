@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +18,21 @@ from torch import Tensor
 
 from wejepa.data.crops import centre_square, crop_box
 
-__all__ = ["IMAGE_ENDINGS", "read_image", "reason_unreadable"]
+__all__ = ["IMAGE_ENDINGS", "no_fault_of_the_file", "persistently", "read_image", "reason_unreadable"]
+
+T = TypeVar("T")
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+PAUSES = (0.1, 0.5, 2.0)  # seconds between the attempts to read a file
+# What a disk, a file server or a busy system says when the same file may well be read a moment later.
+PASSING = {
+    getattr(errno, name)
+    for name in (
+        "EIO", "EAGAIN", "EBUSY", "EINTR", "EMFILE", "ENFILE", "ESTALE", "ETIMEDOUT", "ENETDOWN", "ENETUNREACH", "ENETRESET",
+        "EHOSTDOWN", "EHOSTUNREACH", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "ENOTCONN", "EREMOTEIO",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
 
 
 def read_image(path: Path | io.BytesIO, size: int, crop: list[float] | None = None) -> Tensor:
@@ -78,6 +94,27 @@ def _in_colour(image):
         layer, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")
         image.paste(layer, mask=layer)
     return image.convert("RGB")
+
+
+def persistently(read: Callable[[], T]) -> T:
+    """What `read` gives, tried anew after short pauses while the disk or the network has a fault that may pass."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            time.sleep(pause)
+    return read()
+
+
+def no_fault_of_the_file(error: Exception) -> str | None:
+    """What to say of an error that a good file can meet as well; None for an error that tells of the file."""
+    if isinstance(error, OSError) and error.errno in PASSING:
+        return f"cannot be read ({error.strerror}), not at {len(PAUSES) + 1} attempts either: check the disk or the network, and go on"
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or "can't allocate memory" in str(error):
+        return "finds no memory to be decoded in: lower data.num_workers or data.train_batch_size"
+    return None
 
 
 def reason_unreadable(error: Exception) -> str:

@@ -1,8 +1,7 @@
-"""The batches of an epoch, each a function of seed, epoch and step; and the processes that decode them."""
+"""The batches of an epoch, each a function of seed, epoch and step."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from wejepa.seeds import generator_for
 if TYPE_CHECKING:
     from wejepa.data.sources import FolderImages, MemoryImages
 
-__all__ = ["naming_dead_workers", "steps_per_epoch", "training_batches"]
+__all__ = ["steps_per_epoch", "training_batches"]
 
 
 def training_batches(
@@ -56,20 +55,3 @@ def steps_per_epoch(source: MemoryImages | FolderImages, cfg: IJepaConfig) -> in
     if len(source) < cfg.data.train_batch_size:
         raise DataError(f"data.train_batch_size = {cfg.data.train_batch_size} is more than the set's {len(source)} images: make it smaller")
     return len(source) // cfg.data.train_batch_size
-
-
-@contextlib.contextmanager
-def naming_dead_workers(num_workers: int) -> Iterator[None]:
-    """Make PyTorch's error about a dead worker process a `DataError`.
-
-    It comes up wherever the main process happens to be: who does more with the batches than to fetch them wraps that as well.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise DataError(
-            f"a process that decodes images died, probably for want of memory ({' '.join(str(error).split())}): "
-            f"lower data.num_workers = {num_workers}, or set it to 0"
-        ) from error

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from wejepa.config import IJepaConfig
 from wejepa.data.decoding import IMAGE_ENDINGS, read_image
+from wejepa.data.listing import Files, class_folders, image_files
 from wejepa.data.sources import FolderImages, MemoryImages, RowImages
 from wejepa.errors import ConfigError, DataError, did_you_mean
 from wejepa.seeds import generator_for
@@ -157,19 +156,20 @@ def _folder_files(name: str, root: Path, split: str):
     if folder is None:
         names = " or ".join(f.name for f in tried[split])
         raise DataError(f"data.root = {str(root)!r} has no folder {names}: put one there, with a folder a class in it")
-    tops = sorted(_visible(folder.glob("*"), folder))  # not rglob from here: it would not follow a class folder that is a link
-    files = sorted(f for top in tops for f in (_visible(top.rglob("*"), folder) if os.path.isdir(top) else [top]) if _is_image(f))
+    files = Files(folder, image_files(folder))
     if not files:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_ENDINGS)}): put some there, with a folder a class")
-    names = [f.relative_to(folder).parts[0] if f.parent != folder else "" for f in files]
-    for top in tops:
-        if os.path.isdir(top) and top.name not in names:
-            warnings.warn(f"{top} holds no images: the class keeps its number and has none here", stacklevel=3)
+    here, of = {}, []  # the top folders that hold images, numbered as they come; and the number of each file's
+    for i in range(len(files)):
+        top, slash, _ = files.name(i).partition("/")
+        of.append(here.setdefault(top if slash else "", len(here)))
+    for name in class_folders(folder):
+        if name not in here:
+            warnings.warn(f"{folder / name} holds no images: the class keeps its number and has none here", stacklevel=3)
     # A class has one number in both splits, also where one of them lacks it.
-    both = {f.name for part in tried.values() for top in part for f in _visible(top.glob("*"), top) if os.path.isdir(f)}
-    classes = tuple(sorted(both | set(names)))
+    classes = tuple(sorted({*here, *(name for part in tried.values() for top in part for name in class_folders(top))}))
     number = {name: i for i, name in enumerate(classes)}
-    return folder, files, torch.tensor([number[n] for n in names]), classes
+    return folder, files, torch.tensor([number[name] for name in here])[torch.tensor(of)], classes
 
 
 def _hugging_face_rows(name: str, split: str):
@@ -204,13 +204,3 @@ def _hugging_face_rows(name: str, split: str):
     classes = tuple(rows.features[label].names) if label else ("",)
     labels = torch.tensor(rows[label][:]) if label else torch.zeros(len(rows), dtype=torch.long)
     return folder / found_split, rows.cast_column(column, datasets.Image(decode=False))[column], labels, classes
-
-
-def _visible(paths: Iterable[Path], folder: Path) -> Iterator[Path]:
-    """Without what other programs hide below the folder: .thumbnails, .ipynb_checkpoints, ._photo.jpg."""
-    return (path for path in paths if not any(name.startswith(".") for name in path.relative_to(folder).parts))
-
-
-def _is_image(path: Path) -> bool:
-    """By its name; also a link to nothing and a file without permission, so that they are counted as unreadable, not lost."""
-    return path.suffix.lower() in IMAGE_ENDINGS and (os.path.isfile(path) or not os.path.exists(path))

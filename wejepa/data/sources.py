@@ -13,15 +13,17 @@ import io
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from wejepa.data.crops import centre_square, crop_box, normalise, resample, to_device, with_channels
-from wejepa.data.decoding import read_image, reason_unreadable
-from wejepa.data.loaders import naming_dead_workers
+from wejepa.data.decoding import no_fault_of_the_file, persistently, read_image, reason_unreadable
+from wejepa.data.listing import Files
+from wejepa.data.workers import DeadWorker, Workers
 from wejepa.errors import DataError
 
 __all__ = ["FolderImages", "MemoryImages", "RowImages"]
@@ -81,24 +83,109 @@ class MemoryImages:
         return with_channels(normalise(pixels, self.mean, self.std), self.in_chans)
 
 
-class FolderImages(torch.utils.data.Dataset):
+class Decoder(torch.utils.data.Dataset):
+    """What a worker process is given: where the files are, and how they are read.
+
+    Args:
+        files: their paths.
+        img_size: height and width of the result, in pixels.
+        tolerated: how many files may be unreadable.
+    """
+
+    def __init__(self, files: Sequence[Path], img_size: int, tolerated: float):
+        self.files, self.img_size, self.tolerated = files, img_size, tolerated
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, item: tuple[int, list[float] | None]) -> Decoded:
+        """One image, or what stands in for it.
+
+        Args:
+            item: an index, and one row of `random_crops` (area, aspect, x, y, mirror); None for the image's centre.
+
+        Returns:
+            The image and what failed on the way to it. Under a crop the next readable file takes the place of one that cannot be read; at
+            the centre, where labels count, nothing does.
+        """
+        index, crop = item
+        failed: list[tuple[int, str]] = []
+        for i in range(index, index + (1 if crop is None else len(self))):
+            i %= len(self)
+            try:
+                return Decoded(persistently(lambda i=i: read_image(self.opened(i), self.img_size, crop)), failed)
+            except Exception as error:  # Pillow raises many types on damaged files
+                if fault := no_fault_of_the_file(error):
+                    return Decoded(None, failed, f"{self.files[i]} {fault}")
+                failed.append((i, reason_unreadable(error)))
+            if self.too_many(len(failed)):
+                break
+        return Decoded(None, failed)
+
+    def opened(self, i: int) -> Path | io.BytesIO:
+        """What `read_image` reads."""
+        return self.files[i]
+
+    def too_many(self, count: int) -> bool:
+        """Whether so many files are more than may be unreadable."""
+        return count == len(self) or count > self.tolerated
+
+
+class RowDecoder(Decoder):
+    """The same for the rows of a Hugging Face data set; `rows` as in `RowImages`."""
+
+    def __init__(self, files: Sequence[Path], rows, img_size: int, tolerated: float):
+        super().__init__(files, img_size, tolerated)
+        self.rows = rows
+
+    def opened(self, i: int) -> Path | io.BytesIO:
+        row = self.rows[i]
+        if row is None or (row["bytes"] is None and row["path"] is None):
+            raise ValueError("the row has no image")
+        return Path(row["path"]) if row["bytes"] is None else io.BytesIO(row["bytes"])
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What was made of an item or of a batch.
+
+    Attributes:
+        pixels: bytes (3, S, S), or (B, 3, S, S) of those that are there; None where there is none.
+        failed: the index of each file that could not be read, and why.
+        fault: what ends the run, though the files may be good.
+    """
+
+    pixels: Tensor | None
+    failed: list[tuple[int, str]]
+    fault: str | None = None
+
+    @classmethod
+    def batch(cls, items: list[Decoded]) -> Decoded:
+        """The items side by side."""
+        pixels = [item.pixels for item in items if item.pixels is not None]
+        failed = [entry for item in items for entry in item.failed]
+        return cls(torch.stack(pixels) if pixels else None, failed, next((item.fault for item in items if item.fault), None))
+
+
+class FolderImages:
     """Image files, decoded when asked for.
 
     Args:
         folder: what the files' names are relative to, in the fingerprint.
-        files: their paths.
+        files: their paths, below the folder.
         labels: their classes, (N,).
-        num_workers: processes that decode; 0 for this one.
+        num_workers: processes that decode; 0 for this one. They start with the first pass and end with this object.
         max_unreadable_share: share of the files that may be unreadable; not even 1 allows all of them.
 
     Attributes:
+        files: the paths, made when asked for.
         unreadable: the files found so far that cannot be read, and why.
     """
 
     def __init__(
         self,
         folder: Path,
-        files: list[Path],
+        files: Sequence[Path],
         labels: Tensor,
         classes: tuple[str, ...],
         *,
@@ -109,12 +196,20 @@ class FolderImages(torch.utils.data.Dataset):
         mean,
         std,
     ):
-        self.folder, self.files, self.labels, self.classes = folder, files, labels, tuple(classes)
+        if not isinstance(files, Files):
+            files = Files(folder, (file.relative_to(folder).as_posix() for file in files))
+        self.files, self.labels, self.classes = files, labels, tuple(classes)
         self.num_workers, self.max_unreadable_share = num_workers, max_unreadable_share
         self.img_size, self.in_chans = img_size, in_chans
         self.mean, self.std = mean, std
         self.unreadable: dict[Path, str] = {}
         self._judged = torch.zeros(len(files), dtype=torch.bool)  # by `readable`
+        self._bad = torch.zeros(len(files), dtype=torch.bool)  # where `unreadable` are
+        self.decoder = self._decoder(max_unreadable_share * len(files))
+        self.workers = Workers(self.decoder, Decoded.batch, num_workers)
+
+    def _decoder(self, tolerated: float) -> Decoder:
+        return Decoder(self.files, self.img_size, tolerated)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -122,34 +217,9 @@ class FolderImages(torch.utils.data.Dataset):
     @functools.cached_property
     def fingerprint(self) -> str:
         """Tells this set from another one, wherever it is: the number of files and a checksum of their names below the folder."""
-        names = sorted(file.relative_to(self.folder).as_posix() for file in self.files)
+        names = sorted(map(self.files.name, range(len(self))))
         checksum = zlib.crc32(os.fsencode("\n".join(names)))
         return f"{len(names)} files, {checksum:08x}"
-
-    def __getitem__(self, item: tuple[int, list[float] | None]) -> tuple[Tensor | None, list[tuple[int, str]]]:
-        """One image, or what stands in for it.
-
-        Args:
-            item: an index, and one row of `random_crops` (area, aspect, x, y, mirror); None for the image's centre.
-
-        Returns:
-            Bytes (3, S, S), and the (index, reason) of each file that could not be read on the way. Under a crop the next readable file
-            takes the place of one that is not; at the centre, where labels count, nothing does: None.
-        """
-        index, crop = item
-        failed: list[tuple[int, str]] = []
-        for i in range(index, index + (1 if crop is None else len(self))):
-            i %= len(self)
-            try:
-                return read_image(self._opened(i), self.img_size, crop), failed
-            except Exception as error:  # Pillow raises many types on damaged files
-                failed.append((i, reason_unreadable(error)))
-            if self._too_many(len(failed)):
-                break
-        return None, failed
-
-    def _opened(self, i: int) -> Path | io.BytesIO:
-        return self.files[i]
 
     def batches(self, index: Tensor, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
         """The centres of the images in the order of `index`: (B, C, S, S) each.
@@ -169,10 +239,12 @@ class FolderImages(torch.utils.data.Dataset):
         The next readable file stands in for one that cannot be read, whatever its class.
 
         Raises:
-            DataError: too many files cannot be read.
+            DataError: too many files cannot be read, or a process that decodes died, now or since the last call.
         """
+        if self.workers.death:
+            raise DeadWorker(self.workers.death)
         items = (list(zip(part.tolist(), crop.tolist(), strict=True)) for part, crop in zip(index, crops, strict=True))
-        for pixels, failed in self._load(items):
+        for pixels, failed in self._sound(self.workers.load(items)):
             self._pass_over(failed)
             yield self._prepared(to_device(pixels, device))
 
@@ -186,30 +258,37 @@ class FolderImages(torch.utils.data.Dataset):
         for _, failed in self._centres(new, 64):
             self._pass_over(failed)
         self._judged[new] = True
-        return index[torch.tensor([self.files[i] not in self.unreadable for i in index.tolist()], dtype=torch.bool)]
+        return index[~self._bad[index]]
 
     def _centres(self, index: Tensor, batch_size: int) -> Iterator[tuple[Tensor | None, list[tuple[int, str]]]]:
-        return self._load([(i, None) for i in part.tolist()] for part in index.split(batch_size))
+        """Batches of centres. Where a worker dies, this process does the rest: what is measured at an epoch's end is not to be lost."""
+        parts = [[(i, None) for i in part.tolist()] for part in index.split(batch_size)]
+        done = 0
+        try:
+            for batch in self._sound(self.workers.load(parts)):
+                done += 1
+                yield batch
+        except DeadWorker as error:
+            warnings.warn(f"{error}; this process decodes the rest", stacklevel=2)
+            yield from self._sound(map(self.workers.here, parts[done:]))
 
-    def _load(self, items: Iterable[list]) -> Iterator[tuple[Tensor | None, list[tuple[int, str]]]]:
-        """Bytes (B, 3, S, S) and what failed, of each list of items."""
-        loader = torch.utils.data.DataLoader(self, batch_sampler=items, num_workers=self.num_workers, collate_fn=_collate)
-        with naming_dead_workers(self.num_workers):
-            yield from loader
+    def _sound(self, batches: Iterable[Decoded]) -> Iterator[tuple[Tensor | None, list[tuple[int, str]]]]:
+        for batch in batches:
+            if batch.fault:
+                raise DataError(batch.fault)
+            yield batch.pixels, batch.failed
 
     def _prepared(self, pixels: Tensor) -> Tensor:
         return with_channels(normalise(pixels, self.mean, self.std), self.in_chans)
 
-    def _too_many(self, count: int) -> bool:
-        return count == len(self) or count > self.max_unreadable_share * len(self)
-
     def _pass_over(self, failed: list[tuple[int, str]]) -> None:
         """Name each file that cannot be read, once, and refuse to go on when they are too many."""
         for i, reason in failed:
-            if self.files[i] not in self.unreadable:
+            if not self._bad[i]:
+                self._bad[i] = True
                 self.unreadable[self.files[i]] = reason
                 warnings.warn(f"{self.files[i]} cannot be read as an image ({reason}): passed over", stacklevel=2)
-        if self._too_many(len(self.unreadable)):
+        if self.decoder.too_many(len(self.unreadable)):
             first = ", ".join(str(path) for path in list(self.unreadable)[:3])
             raise DataError(
                 f"data.max_unreadable_share = {self.max_unreadable_share:g}, but already {len(self.unreadable)} of {len(self)} files "
@@ -227,21 +306,13 @@ class RowImages(FolderImages):
     """
 
     def __init__(self, folder: Path, rows, labels: Tensor, classes: tuple[str, ...], **settings):
-        super().__init__(folder, [folder / str(i) for i in range(len(rows))], labels, classes, **settings)
         self.rows = rows
+        super().__init__(folder, Files(folder, map(str, range(len(rows)))), labels, classes, **settings)
+
+    def _decoder(self, tolerated: float) -> Decoder:
+        return RowDecoder(self.files, self.rows, self.img_size, tolerated)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Tells this set from another one: the number of rows and a checksum of their labels."""
         return f"{len(self)} rows, {zlib.crc32(self.labels.numpy().tobytes()):08x}"
-
-    def _opened(self, i: int) -> Path | io.BytesIO:
-        row = self.rows[i]
-        if row is None or (row["bytes"] is None and row["path"] is None):
-            raise ValueError("the row has no image")
-        return Path(row["path"]) if row["bytes"] is None else io.BytesIO(row["bytes"])
-
-
-def _collate(items: list[tuple[Tensor | None, list]]) -> tuple[Tensor | None, list]:
-    pixels = [x for x, _ in items if x is not None]
-    return torch.stack(pixels) if pixels else None, [entry for _, failed in items for entry in failed]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wejepa.config import IJepaConfig
-from wejepa.data import load_images, naming_dead_workers, steps_per_epoch, training_batches
+from wejepa.data import deaths_wait, load_images, steps_per_epoch, training_batches
 from wejepa.devices import autocast, pick_device
 from wejepa.errors import ConfigError, TrainingError
 from wejepa.masking import Masks, sample_block_masks
@@ -149,8 +149,7 @@ class Pretraining:
     def _run(self) -> Path:
         self.ranks.once(self.checkpoints.take_again)
         last, self._saved_at = self.cfg.optimizer.epochs * self.steps_per_epoch, time.monotonic()
-        # A worker's death is noticed wherever the main process happens to be, so both guards are around everything.
-        with Interruption() as interruption, freed_memory_kept(), naming_dead_workers(self.cfg.data.num_workers):
+        with Interruption() as interruption, freed_memory_kept(), deaths_wait():
             while self.step < last:
                 self._epoch(interruption)
         if self.ranks.from_first(not self.checkpoints.latest.exists()):  # a finished run was resumed into another folder
