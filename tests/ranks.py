@@ -1,6 +1,7 @@
 """What test_distributed.py starts on several processes: the same short runs in one group, their losses and weights written to a folder.
 
 torchrun --standalone --nproc-per-node=2 tests/ranks.py FOLDER
+torchrun --standalone --nproc-per-node=3 tests/ranks.py FOLDER twelve    # goes on from what the two have written
 """
 
 import json
@@ -12,6 +13,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from wejepa.config import (
     DataConfig,
@@ -23,8 +25,11 @@ from wejepa.config import (
     adapt_config_for_backbone,
     default_config,
 )
+from wejepa.errors import CheckpointError
 from wejepa.model import IJepaLoss
+from wejepa.train import checkpoints, sharded
 from wejepa.train.folder import CheckpointFolder
+from wejepa.train.lock import LOCK
 from wejepa.train.loop import Pretraining
 from wejepa.train.ranks import Ranks, gathered
 
@@ -70,15 +75,81 @@ def train(cfg: IJepaConfig, resume=None, break_synchronisation=False) -> dict:
     }
 
 
-def slow_save(self, state: dict, save=CheckpointFolder.save) -> Path:
-    time.sleep(0.5)
-    return save(self, state)
+def twelve_config(output: Path) -> IJepaConfig:
+    """Six steps of twelve images, which two and three processes can share, in two epochs."""
+    cfg = tiny_config(output)
+    cfg.data.train_batch_size, cfg.data.fake_data_size = 12, 36
+    cfg.hardware.shard_model, cfg.hardware.checkpoint_every, cfg.hardware.keep_checkpoints = True, 1, 5
+    return cfg
+
+
+def slow_save(self, state: dict, ranks: Ranks, save=CheckpointFolder.save) -> Path:
+    if ranks.first:
+        time.sleep(0.5)
+    return save(self, state, ranks)
+
+
+def refusal(ranks: Ranks, work) -> list[str]:
+    """The error of every process."""
+    try:
+        work()
+    except CheckpointError as error:
+        return ranks.gather(str(error))
+    return ranks.gather("nothing was refused")
+
+
+def befallen(folder: Path) -> dict:
+    """What becomes of a sharded run whose second process cannot write, and of one whose second process's part is damaged."""
+    cfg = tiny_config(folder / "befallen")
+    cfg.hardware.shard_model = True
+    run, full = Pretraining(cfg), OSError(28, "No space left on device")
+    results = {}
+    for name, owner in (("while the parts are written", os), ("afterwards", sharded)):
+        method = {"os": "fsync", "wejepa.train.sharded": "signature"}[owner.__name__]
+        with mock.patch.object(owner, method, side_effect=full) if run.ranks.rank == 1 else mock.patch.object(time, "time", time.time):
+            results[name] = refusal(run.ranks, run.save)
+    results["left"] = sorted(path.name for path in run.output.iterdir() if path.name != LOCK)
+
+    cfg = tiny_config(folder / "sharded")
+    cfg.hardware.shard_model = True
+    newest = folder / "sharded" / f"step_{STEPS:08d}.pt"
+    if run.ranks.first:
+        content = bytearray((newest / "__1_0.distcp").read_bytes())
+        content[len(content) // 2] ^= 1
+        (newest / "__1_0.distcp").write_bytes(content)
+    run.ranks.sum(0)
+    results["damaged"] = refusal(run.ranks, lambda: Pretraining(cfg, resume=newest))
+    return results
+
+
+def write_unlike(folder: Path, ranks: Ranks) -> None:
+    """Tensors that every process has whole and each another, as batch normalisation's running averages are."""
+    unlike = {f"model/{number}": torch.full((3,), float(ranks.rank)) for number in range(10)}
+    sharded.write_shards(folder / "unlike.pt", unlike, {"format": checkpoints.FORMAT}, ranks)
+
+
+def never_whole(folder: Path) -> bool:
+    """Write and read a sharded checkpoint where putting a tensor's parts together is an error."""
+    cfg = tiny_config(folder / "never whole")
+    cfg.hardware.shard_model = True
+    forbidden = {"side_effect": AssertionError("the whole state")}
+    with mock.patch.object(DTensor, "full_tensor", **forbidden), mock.patch.object(checkpoints, "load_checkpoint", **forbidden):
+        run = Pretraining(cfg)
+        run.step, run.losses = 1, [0.5]
+        run.save()
+        weights = Pretraining(cfg, "auto").model.state_dict().items()
+    mine = run.model.state_dict()
+    return all(isinstance(value, DTensor) and torch.equal(value.to_local(), mine[name].to_local()) for name, value in weights)
 
 
 def main(folder: Path) -> None:
     results = {}
     cfg = tiny_config(folder / "plain")
+    cfg.hardware.checkpoint_every, cfg.hardware.keep_checkpoints = 1, 5
     results["plain"] = train(cfg)
+    cfg = tiny_config(folder / "sharded from a file")
+    cfg.hardware.shard_model = True
+    results["sharded from a file"] = train(cfg, resume=folder / "plain" / f"step_{STEPS // 2:08d}.pt")
     cfg = tiny_config(folder / "accumulated")
     cfg.optimizer.accumulation_steps = 2
     results["accumulated"] = train(cfg)
@@ -94,18 +165,32 @@ def main(folder: Path) -> None:
     cfg = tiny_config(folder / "sharded")
     cfg.hardware.shard_model = True
     results["resumed sharded"] = train(cfg, resume=folder / "sharded" / f"step_{STEPS // 2:08d}.pt")
+    results["befallen"], results["never whole"] = befallen(folder), never_whole(folder)
+    write_unlike(folder, Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu")))
+    results["past the damaged one"] = train(cfg, resume="auto")
+    results["twelve"] = train(twelve_config(folder / "twelve"))
     cfg = adapt_config_for_backbone(default_config(), "mobilenet_v3_small")
     cfg.data = DataConfig(use_fake_data=True, fake_data_size=20, train_batch_size=8, eval_batch_size=16)
     cfg.optimizer.epochs = 2
-    for name, sharded in (("batch normalised", False), ("batch normalised and sharded", True)):
-        cfg.hardware = HardwareConfig(device="cpu", mixed_precision=False, shard_model=sharded, output_dir=str(folder / name))
+    for name, shards in (("batch normalised", False), ("batch normalised and sharded", True)):
+        cfg.hardware = HardwareConfig(device="cpu", mixed_precision=False, shard_model=shards, output_dir=str(folder / name))
         results[name] = train(cfg)
+    leave(results, folder / "results.json")
+
+
+def go_on(folder: Path) -> None:
+    """On another number of processes."""
+    cfg = twelve_config(folder / "twelve on three")
+    leave(train(cfg, resume=folder / "twelve" / "step_00000003.pt"), folder / "three.json")
+
+
+def leave(results: dict, path: Path) -> None:
     if dist.get_rank() == 0:
-        (folder / "results.json").write_text(json.dumps(results))
+        path.write_text(json.dumps(results))
     Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu")).leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (go_on if sys.argv[2:] else main)(Path(sys.argv[1]))
     sys.stdout.flush()
     os._exit(0)  # as wejepa.train.pretrain ends under torchrun

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import STEPS, tiny_config, train
+from ranks import STEPS, tiny_config, train, twelve_config
 
 from wejepa.config import IJepaConfig
-from wejepa.errors import ConfigError
+from wejepa.errors import CheckpointError, ConfigError
 from wejepa.train.checkpoints import load_checkpoint
 from wejepa.train.loop import Pretraining
 
@@ -37,10 +37,14 @@ def alone(tmp_path_factory) -> dict:
 def together(tmp_path_factory) -> dict:
     """The runs of ranks.py on two processes, by name, and the folder they wrote to."""
     folder = tmp_path_factory.mktemp("together")
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(HERE / "ranks.py"), str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    started(2, str(folder))
     return {"folder": folder, **json.loads((folder / "results.json").read_text())}
+
+
+def started(ranks: int, *arguments: str) -> None:
+    command = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", str(HERE / "ranks.py"), *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- the same run
@@ -87,12 +91,57 @@ def test_a_sharded_run_resumes_to_the_same_weights(together):
 
 
 def test_a_checkpoint_does_not_know_how_many_processes_wrote_it(together, alone):
-    """Written by two processes that shared the weights, resumed by one that holds them all."""
+    """Written by two processes that shared the weights, each its part, resumed by one that holds them all; and the other way round."""
     cfg = tiny_config(together["folder"] / "sharded")
     half = together["folder"] / "sharded" / f"step_{STEPS // 2:08d}.pt"
+    assert sorted(p.name for p in half.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "rest.pt"]
     cfg.hardware.output_dir = str(together["folder"] / "resumed alone")
     resumed = train(cfg, resume=half)
     assert relative_difference(resumed["losses"], alone["losses"][STEPS // 2 :]) < 1e-5
+    assert relative_difference(together["sharded from a file"]["losses"], alone["losses"][STEPS // 2 :]) < 1e-5
+    assert together["sharded from a file"]["same_weights"]
+
+
+def test_three_processes_and_one_go_on_from_what_two_have_written(together):
+    """Three divide no tensor of the model evenly."""
+    started(3, str(together["folder"]), "twelve")
+    three = json.loads((together["folder"] / "three.json").read_text())
+    cfg = twelve_config(together["folder"] / "twelve on one")
+    cfg.hardware.shard_model = False
+    one = train(cfg, resume=together["folder"] / "twelve" / "step_00000003.pt")
+    for other in (three, one):
+        assert relative_difference(other["losses"], together["twelve"]["losses"][3:]) < 1e-5 and other["same_weights"]
+    ours = [load_checkpoint(together["folder"] / name / "latest.pt") for name in ("twelve", "twelve on three", "twelve on one")]
+    assert ours[0]["model"].keys() == ours[1]["model"].keys() == ours[2]["model"].keys()
+    for name, value in ours[0]["model"].items():
+        for other in ours[1:]:
+            torch.testing.assert_close(other["model"][name], value, rtol=0, atol=5e-3)
+
+
+def test_no_process_ever_holds_the_whole_state(together):
+    assert together["never whole"] is True
+
+
+def test_what_every_process_has_is_the_first_ones(together):
+    assert all((value == 0).all() for value in load_checkpoint(together["folder"] / "unlike.pt")["model"].values())
+
+
+def test_a_part_that_cannot_be_written_ends_the_job_on_every_process(together):
+    for when in ("while the parts are written", "afterwards"):
+        told = together["befallen"][when]
+        assert len(told) == 2 and all("cannot write" in line and "No space left on device" in line for line in told), told
+    assert together["befallen"]["left"] == ["log.txt", "run.json"]
+
+
+def test_a_damaged_part_is_named_on_every_process_and_passed_over(together):
+    newest = together["folder"] / "sharded" / f"step_{STEPS:08d}.pt"
+    told = together["befallen"]["damaged"]
+    assert len(told) == 2 and all(f"{newest / '__1_0.distcp'} is truncated, damaged" in line for line in told), told
+    assert together["past the damaged one"]["losses"] == together["sharded"]["losses"][STEPS // 2 :]
+    assert together["past the damaged one"]["weights"] == together["sharded"]["weights"]
+    assert "passed over" in (newest.parent / "log.txt").read_text()
+    with pytest.raises(CheckpointError, match="__1_0.distcp is truncated, damaged"):
+        load_checkpoint(newest.parent / "earlier-2" / newest.name)
 
 
 def test_accumulated_parts_make_the_step_of_the_whole_batch(alone, tmp_path):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from wejepa.config import IJepaConfig
 from wejepa.errors import CheckpointError, ConfigError
 from wejepa.model import IJEPA_base
+from wejepa.train.ranks import Ranks, is_spread, own_part
 
 __all__ = ["MOMENTS", "Expected", "check_tensors", "load_checkpoint", "load_model", "read_training_state", "save_checkpoint", "save_model"]
 
@@ -32,19 +34,28 @@ FREE = {
 }  # fmt: skip
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, state: dict[str, Any], ranks: Ranks | None = None) -> None:
     """Write a training state so that `path` holds, at every moment, the old one or the new one, whole.
+
+    Args:
+        path: the file; with `ranks` a folder, which must not be there yet.
+        state: the state.
+        ranks: the processes that hold a share of every tensor of "model" and "moments" each; every one of them calls this.
 
     Raises:
         CheckpointError: the folder cannot be written to, or the disk is full; what was there before is untouched.
     """
+    if ranks:
+        from wejepa.train.sharded import write_shards  # torch.distributed.checkpoint takes half a second to import
+
+        rest = {key: value for key, value in state.items() if key not in ("model", "moments")}
+        write_shards(path, flat(state["model"], state["moments"]), {"format": FORMAT, **rest}, ranks)
+        return
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
+        with flushed(aside) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(aside, path)
         flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns some I/O errors into RuntimeError
@@ -55,12 +66,24 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` wrote, on the CPU.
+    """The state that `save_checkpoint` wrote, whole tensors on the CPU, whether one process wrote it or many.
 
     Raises:
         CheckpointError: no such file, a truncated, damaged or foreign one, or one that holds more than tensors and plain values.
     """
     path = Path(path)
+    if not path.is_dir():
+        return read_file(path)
+    from wejepa.train.sharded import Shards
+
+    shards = Shards(path)
+    tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in shards.tensors.items()}
+    shards.read(tensors)
+    return read_file(shards.rest) | nested(tensors, path)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What a checkpoint's file holds, or a sharded one's file of what is no tensor."""
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}: check the path, or run wejepa.train.pretrain first")
     try:
@@ -120,12 +143,17 @@ def check_tensors(found: Any, expected: dict[str, Tensor], path: str | Path) -> 
     """
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__} where its weights should be: take another one")
+    check_kinds(found, expected, path)
+    broken = [k for k, v in found.items() if not own_part(v).isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{path} holds numbers that are not finite, in {broken[0]}: take an earlier one")
+
+
+def check_kinds(found: dict[str, Any], expected: dict[str, Tensor], path: str | Path) -> None:
+    """Refuse tensors other than the expected ones by name, shape and type, whatever numbers they hold."""
     fault = first_fault(describe(found, with_type=True), describe(expected, with_type=True))
     if fault:
         raise CheckpointError(f"{path} was made for another architecture: {fault}; give the config it was trained with")
-    broken = [k for k, v in found.items() if not v.isfinite().all()]
-    if broken:
-        raise CheckpointError(f"{path} holds numbers that are not finite, in {broken[0]}: take an earlier one")
 
 
 def describe(tensors: dict[str, Any], with_type: bool = False) -> dict[str, str]:
@@ -155,7 +183,7 @@ class Expected:
 
     Attributes:
         cfg: the run's config.
-        weights: the model's tensors.
+        weights: the model's tensors; DTensors where its weights are spread over processes.
         trained: those that the optimizer has moments of.
         steps_per_epoch: updates in an epoch.
         images: the fingerprint of the training images.
@@ -168,13 +196,55 @@ class Expected:
     images: str
 
 
-def read_training_state(path: Path, expected: Expected) -> dict[str, Any]:
-    """The state in a checkpoint, after all of it has been checked against this run.
+def read_training_state(path: Path, expected: Expected, ranks: Ranks) -> dict[str, Any]:
+    """The state in a checkpoint, after all of it has been checked against this run. Every process of the run calls it.
+
+    Where the model's weights are spread over the processes and the checkpoint is as well, each reads its own parts into DTensors.
 
     Raises:
-        CheckpointError: see `load_checkpoint`; or the state is not whole, or of other settings, weights or images.
+        CheckpointError: see `load_checkpoint`; or the state is not whole, or of other settings, weights or images. On every process.
     """
-    state = load_checkpoint(path)
+    if any(map(is_spread, expected.weights.values())) and ranks.from_first(path.is_dir()):
+        state = read_own_parts(path, expected, ranks)
+    else:
+        state = ranks.together(lambda: load_checkpoint(path))
+    ranks.together(lambda: check_state(state, expected, path))
+    return state
+
+
+def read_own_parts(path: Path, expected: Expected, ranks: Ranks) -> dict[str, Any]:
+    """The state in a sharded checkpoint, this process's parts of its tensors: each one spread as the expected one is."""
+    from wejepa.train.sharded import Shards
+
+    shards = ranks.together(lambda: Shards(path, part=(ranks.rank, ranks.world)))
+    tensors = flat(expected.weights, dict.fromkeys(MOMENTS, expected.trained))
+    ranks.together(lambda: check_kinds(shards.tensors, tensors, path))
+    tensors = {name: torch.empty_like(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    ranks.together(lambda: shards.read(tensors))
+    return ranks.together(lambda: read_file(shards.rest)) | nested(tensors, path)
+
+
+def flat(model: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A state's tensors by names that tell where they belong, as a sharded checkpoint keeps them."""
+    tensors = {f"model/{name}": value for name, value in model.items()}
+    return tensors | {f"moments/{kind}/{name}": value for kind, kept in moments.items() for name, value in kept.items()}
+
+
+def nested(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """What `flat` has made flat."""
+    places: dict[str, dict[str, Tensor]] = {place: {} for place in ("model", *(f"moments/{kind}" for kind in MOMENTS))}
+    for name, value in tensors.items():
+        place, _, short = name.rpartition("/")
+        if place not in places:
+            raise CheckpointError(
+                f"{path} is not a checkpoint of wejepa.train.pretrain in this version (it holds {name}): take one that is"
+            )
+        places[place][short] = value
+    return {"model": places["model"], "moments": {kind: places[f"moments/{kind}"] for kind in MOMENTS}}
+
+
+def check_state(state: dict[str, Any], expected: Expected, path: Path) -> None:
+    """Refuse a state that is not whole, or not of this run."""
     if "source" in state:
         raise CheckpointError(f"{path} holds weights alone, from {state['source']}: load_model reads it, no run goes on from it")
     check_settings(state.get("config"), expected.cfg, path)
@@ -196,7 +266,6 @@ def read_training_state(path: Path, expected: Expected) -> dict[str, Any]:
             f"{path} was trained on {state['images']}, data.root now has {expected.images}: "
             f"put the same images back, or start afresh in another hardware.output_dir"
         )
-    return state
 
 
 def check_settings(saved: Any, cfg: IJepaConfig, path: Path) -> None:
@@ -211,6 +280,15 @@ def check_settings(saved: Any, cfg: IJepaConfig, path: Path) -> None:
                     f"{path} was trained with {section}.{name} = {found!r}, this run says {value!r}: a resumed run goes on with the "
                     f"settings it began with; set it back, or start afresh in another hardware.output_dir"
                 )
+
+
+@contextlib.contextmanager
+def flushed(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, all of which is on the disk at the end."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""The folder of a run: its checkpoints, the newest of which a run goes on from."""
+"""The folder of a run: its checkpoints, the newest of which a run goes on from.
+
+A checkpoint is a file, or a folder where several processes wrote one together; what is done with one is done with the other.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from wejepa.config import IJepaConfig
 from wejepa.errors import CheckpointError
@@ -62,13 +67,13 @@ class CheckpointFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for aside in self.folder.glob(".*.tmp"):  # what a killed process was writing
-                aside.unlink()
+                _remove(aside)
             same = resumed is not None and resumed.parent.resolve() == self.folder.resolve()
             stale = [path for path in self._numbered() if not same or _step_of(path) > step]
             if self._latest_is_alone():
                 stale += [self.latest] if not (same and self.latest.samefile(resumed)) else []
-            elif any(self.latest.is_file() and self.latest.samefile(path) for path in stale):
-                self.latest.unlink()
+            elif not self.latest.exists() or any(self.latest.samefile(path) for path in stale):
+                self.latest.unlink(missing_ok=True)
             if stale and not same:
                 stale += [path for path in (self.folder / LOG, self.folder / RUN) if path.is_file()]
             moved = self._move_aside(stale)
@@ -104,17 +109,31 @@ class CheckpointFolder:
             return {}
         return about if isinstance(about, dict) else {}
 
-    def save(self, state: dict[str, Any]) -> Path:
-        """Write the state of a step, remove what is older than the newest `keep`, and return the path of latest.pt."""
-        path = self.folder / f"step_{state['step']:08d}.pt"
-        self._prune(max(1, self.keep - 1))  # before writing, so that a nearly full disk has room
-        save_checkpoint(path, state)
+    def save(self, state: dict[str, Any], ranks: Ranks | None = None) -> Path:
+        """Write the state of a step, remove what is older than the newest `keep`, and return the path of latest.pt.
+
+        Args:
+            state: the state.
+            ranks: the processes that hold a share of its tensors each; every one of them calls this, and the checkpoint is a folder.
+
+        Raises:
+            CheckpointError: it cannot be written; with `ranks` on every process.
+        """
+        path, everyone = self.folder / f"step_{state['step']:08d}.pt", ranks or Ranks(0, 1, torch.device("cpu"))
         try:
-            self._link(path)
-            self._prune(self.keep)
-        except OSError as error:
+            everyone.once(lambda: self._prune(max(1, self.keep - 1)))  # before writing, so that a nearly full disk has room
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"cannot make room in {self.folder} ({error}): choose another hardware.output_dir") from error
+        save_checkpoint(path, state, ranks)
+        try:
+            everyone.once(lambda: self._name_latest(path))
+        except (OSError, RuntimeError) as error:  # the latter stands for another process's error
             raise CheckpointError(f"cannot write {self.latest} ({error}); {path} is whole: resume from it") from error
         return self.latest
+
+    def _name_latest(self, path: Path) -> None:
+        self._link(path)
+        self._prune(self.keep)
 
     def _write_about(self) -> None:
         aside = self.folder / f".{RUN}.{os.getpid()}.tmp"
@@ -128,10 +147,13 @@ class CheckpointFolder:
     def _link(self, path: Path) -> None:
         aside = self.folder / f".{LATEST}.{os.getpid()}.tmp"
         aside.unlink(missing_ok=True)
-        try:
-            os.link(path, aside)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, aside)
+        if path.is_dir():  # which cannot have two names
+            aside.symlink_to(path.name)
+        else:
+            try:
+                os.link(path, aside)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, aside)
         os.replace(aside, self.latest)
         aside.unlink(missing_ok=True)  # os.replace does nothing where both already are the same file
         flush_folder(self.folder)
@@ -139,13 +161,13 @@ class CheckpointFolder:
     def _prune(self, keep: int) -> None:
         for path in self._numbered()[keep:]:
             if not (self.keep_steps and _step_of(path) % self.keep_steps == 0):
-                path.unlink(missing_ok=True)
+                _remove(path)
 
     def _numbered(self) -> list[Path]:
         return sorted(self.folder.glob("step_[0-9]*.pt"), key=_step_of, reverse=True)
 
     def _latest_is_alone(self) -> bool:
-        return self.latest.is_file() and not any(self.latest.samefile(path) for path in self._numbered())
+        return self.latest.exists() and not any(self.latest.samefile(path) for path in self._numbered())
 
     def _move_aside(self, paths: list[Path]) -> str | None:
         if not paths:
@@ -158,6 +180,16 @@ class CheckpointFolder:
         for path in paths:
             path.rename(earlier / path.name)
         return f"what an earlier run left in {self.folder} is now in {earlier}"
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint or what was left of one; of a folder no part keeps the name while it goes."""
+    if path.is_dir() and not path.is_symlink():
+        if not path.name.endswith(".tmp"):
+            path = path.rename(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _step_of(path: Path) -> int:
@@ -196,40 +228,30 @@ def resume_from(
         CheckpointError: another process trains there; or the checkpoint, or every one that is there, cannot be resumed. In all processes.
     """
     about = about_run(expected.cfg)
-    read = {}
 
-    def choose() -> tuple[Path | None, list[str | None]]:
+    def asked_for() -> tuple[list[Path], str | None]:
         without_locks = folder.lock.take(about)
-        path, notes, read[path] = _choose(resume, folder, expected)
-        return path, [*notes, without_locks]
+        found = folder.newest_first() if resume == "auto" else [] if resume is None else [Path(resume)]
+        return found, without_locks
 
-    path, notes = ranks.once(choose)
-    state = ranks.together(lambda: read.get(path) or read_training_state(path, expected)) if path else None
+    paths, without_locks = ranks.once(asked_for)
+    path, state, notes = None, None, []
+    for path in paths:
+        try:
+            state = read_training_state(path, expected, ranks)
+            break
+        except CheckpointError as error:
+            if resume != "auto":
+                raise
+            notes.append(f"passed over: {error}")
+    if paths and state is None:
+        first = notes[0].removeprefix("passed over: ")
+        raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder.folder} can be resumed: {first}")
     # All have read it before files are moved.
     step = state["step"] if state else 0
     moved = ranks.once(lambda: folder.begin(path, step, about))
     if ranks.first:
-        for line in [*notes, moved, f"going on from {path} at step {step}" if path else None]:
+        for line in [*notes, without_locks, moved, f"going on from {path} at step {step}" if path else None]:
             if line:
                 log(line)
     return state
-
-
-def _choose(
-    resume: str | Path | None, folder: CheckpointFolder, expected: Expected
-) -> tuple[Path | None, list[str], dict[str, Any] | None]:
-    """The checkpoint that `resume` asks for and its state, or None; and what was found wrong with newer ones."""
-    if resume is None:
-        return None, [], None
-    if resume != "auto":
-        return Path(resume), [], read_training_state(Path(resume), expected)
-    found, notes = folder.newest_first(), []
-    for path in found:
-        try:
-            return path, notes, read_training_state(path, expected)
-        except CheckpointError as error:
-            notes.append(f"passed over: {error}")
-    if found:
-        first = notes[0].removeprefix("passed over: ")
-        raise CheckpointError(f"none of the {len(found)} checkpoints in {folder.folder} can be resumed: {first}")
-    return None, [], None

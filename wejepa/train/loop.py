@@ -73,16 +73,18 @@ class Pretraining:
         torch.manual_seed(h.seed)  # the initial weights; all later choices have generators of their own
         self.model = IJEPA_base(self.cfg)
         self.monitor = Monitor(self.cfg, self.source, self.model)
-        expected = Expected(self.cfg, self.model.state_dict(), self._trained(), self.steps_per_epoch, self.source.fingerprint)
-        state = resume_from(resume, self.checkpoints, expected, self.ranks, self.log.write)
-        if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.step, self.history = state["step"], state["history"]
-            self.losses, self.seconds = state["losses"], state["seconds"]
         if h.shard_model:
             shard(self.model, self.ranks)
         else:
             self.model.to(self.device)
+        weights = self.model.state_dict()
+        expected = Expected(self.cfg, weights, self._trained(), self.steps_per_epoch, self.source.fingerprint)
+        state = resume_from(resume, self.checkpoints, expected, self.ranks, self.log.write)
+        if state is not None:
+            for name, value in weights.items():
+                value.copy_(spread_like(state["model"][name], value))
+            self.step, self.history = state["step"], state["history"]
+            self.losses, self.seconds = state["losses"], state["seconds"]
         self.loss = self.ranks.wrap(IJepaLoss(self.model), h.shard_model)
         if h.compile_model:
             self.loss = torch.compile(self.loss)
@@ -203,10 +205,11 @@ class Pretraining:
     # ------------------------------------------------------------ what a checkpoint holds
 
     def save(self) -> None:
-        """Write a checkpoint; with a sharded model every process must call this."""
-        state = self.state() if self.ranks.first or self.cfg.hardware.shard_model else None
-        if self.ranks.first:
-            self.checkpoints.save(state)
+        """Write a checkpoint; every process calls this, and with a sharded model each writes its own part."""
+        if self.cfg.hardware.shard_model:
+            self.checkpoints.save(self.state(), self.ranks)
+        elif self.ranks.first:
+            self.checkpoints.save(self.state())
         self._saved_at = time.monotonic()
 
     def _is_due(self) -> bool:
@@ -214,15 +217,15 @@ class Pretraining:
         return bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes
 
     def state(self) -> dict[str, Any]:
-        """The whole state, whole tensors on any number of processes.
+        """The whole state; a sharded model's tensors are DTensors, of which this process holds its part.
 
         Random numbers, the order of the images and the schedules are functions of seed and step, so the step stands for them all.
         """
         return {
             "config": self.cfg.to_dict(),
-            "model": {name: gathered(value) for name, value in self.model.state_dict().items()},
+            "model": dict(self.model.state_dict()),
             "moments": {
-                kind: {name: gathered(self.optimizer.state[p].get(kind, torch.zeros_like(p))) for name, p in self._trained().items()}
+                kind: {name: self.optimizer.state[p].get(kind, torch.zeros_like(p)) for name, p in self._trained().items()}
                 for kind in MOMENTS
             },
             "step": self.step,

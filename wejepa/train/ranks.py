@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wejepa.errors import ConfigError, WejepaError
 from wejepa.model import IJEPA_base, IJepaLoss
 
-__all__ = ["Ranks", "gathered", "shard", "spread_like"]
+__all__ = ["Ranks", "gathered", "is_spread", "own_part", "shard", "spread_like"]
 
 T = TypeVar("T")
 
@@ -84,6 +84,14 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of the ranks, in every process."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def together(self, function: Callable[[], T]) -> T:
         """What the function gives in this process; if it fails in any process, its error is raised in all, and none waits for another."""
         if self.world == 1:
@@ -96,8 +104,7 @@ class Ranks:
         told = (
             error if error is None or isinstance(error, WejepaError) else RuntimeError(f"rank {self.rank}: {type(error).__name__}: {error}")
         )
-        errors = [None] * self.world
-        dist.all_gather_object(errors, told)
+        errors = self.gather(told)
         if error := error or next((e for e in errors if e is not None), None):
             raise error
         return result
@@ -151,16 +158,27 @@ def shard(model: IJEPA_base, ranks: Ranks) -> None:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
-def gathered(value: Tensor) -> Tensor:
-    """A tensor with its shards put together: a collective where it has any."""
+def is_spread(value: Tensor) -> bool:
+    """Whether it is a DTensor, of which each process holds a part."""
     from torch.distributed.tensor import DTensor
 
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return isinstance(value, DTensor)
+
+
+def gathered(value: Tensor) -> Tensor:
+    """A tensor with its parts put together: a collective where it has any."""
+    return value.full_tensor() if is_spread(value) else value
+
+
+def own_part(value: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it where it is not spread."""
+    return value.to_local() if is_spread(value) else value
 
 
 def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of `like`, and sharded as it is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    """A tensor that is whole on every process, or spread as `like` is already: on the device of `like`, and spread as it is."""
+    from torch.distributed.tensor import distribute_tensor
 
-    value = value.to(like.device)
-    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
+    if is_spread(value) or not is_spread(like):
+        return value.to(like.device)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
