@@ -140,15 +140,28 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(cfg, whole, sign
     assert_same(launch_pretraining(cfg, resume="auto").checkpoint, whole)
 
 
-def test_a_second_signal_acts_at_once(cfg):
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_sigint_after_a_signal_acts_at_once(cfg, first):
     def twice():
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), first)
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt) as caught:
         end_after(cfg, 3, twice)
     assert not isinstance(caught.value, RunInterrupted)
     assert not Path(cfg.hardware.output_dir, "latest.pt").exists()
+
+
+def test_a_sigterm_that_comes_twice_counts_once(cfg, whole):
+    """torchrun and timeout(1) send the trainer what its process group got already."""
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunInterrupted, match="SIGTERM after step 3"):
+        end_after(cfg, 3, twice)
+    assert_same(launch_pretraining(cfg, resume="auto").checkpoint, whole)
 
 
 def test_a_signal_in_the_last_step_ends_nothing(cfg, whole):

@@ -23,7 +23,9 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; a second signal acts at once.
+    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; a SIGINT after that acts at once.
+
+    A further SIGTERM does not: torchrun and `timeout` pass on to the trainer what the whole process group, and so the trainer, got already.
 
     Attributes:
         signum: the signal that came, or 0.
@@ -39,8 +41,9 @@ class Interruption:
         return self
 
     def _note(self, signum: int, frame) -> None:
-        self.signum = signum
-        self.__exit__()
+        self.signum = self.signum or signum
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
     def __exit__(self, *_) -> None:
         for signum, handler in self._before.items():

@@ -136,7 +136,7 @@ class Pretraining:
     def run(self) -> Path:
         """Train to the last epoch and return the last checkpoint's path.
 
-        SIGINT and SIGTERM end it after the step under way, with a checkpoint; a second one ends it at once.
+        SIGINT and SIGTERM end it after the step under way, with a checkpoint; a SIGINT after that ends it at once.
 
         Raises:
             RunInterrupted: a signal came.
