@@ -1,6 +1,7 @@
-"""What test_stops.py starts and stops: a short run on image files that a worker decodes, one update in a tenth of a second.
+"""What test_stops.py starts and stops: a short run on image files that a worker decodes, slowly enough to be stopped.
 
-python tests/stopping.py METHOD ARGUMENTS..., which are those of wejepa.train.pretrain; or torchrun in place of python
+python tests/stopping.py METHOD PAUSE ARGUMENTS...: how processes are started, seconds after each update, and what wejepa.train.pretrain
+takes; or torchrun in place of python
 """
 
 import multiprocessing
@@ -8,7 +9,7 @@ import os
 import sys
 import time
 
-METHOD, *ARGUMENTS = sys.argv[1:] if __name__ == "__main__" else ("",)
+METHOD, PAUSE, *ARGUMENTS = sys.argv[1:] if __name__ == "__main__" else ("", "")
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(METHOD)
@@ -17,7 +18,7 @@ if __name__ == "__main__":
 
     def slowly(self, images, step=Pretraining.train_step):
         value = step(self, images)
-        time.sleep(0.1)
+        time.sleep(float(PAUSE))
         return value
 
     Pretraining.train_step = slowly

@@ -541,6 +541,22 @@ def test_a_worker_that_dies_while_the_batch_is_used_is_told_of_at_the_next_one(f
     assert not multiprocessing.active_children()
 
 
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_told_of(folder, monkeypatch):
+    """What comes up is an error of the connection, a moment before the process is known to be dead."""
+    source = load_images(cfg := folder_config(folder, workers=1))
+    batches = training_batches(source, cfg, epoch=0)
+    next(batches)
+
+    def hung_up(*_):
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise ConnectionResetError("Connection reset by peer")
+
+    monkeypatch.setattr(type(source.workers._loader._iterator), "_try_get_data", hung_up)
+    with pytest.raises(DeadWorker, match=r"Connection reset by peer\): lower data\.num_workers = 1"):
+        list(batches)
+
+
 def test_where_nothing_is_trained_this_process_does_what_a_dead_worker_was_to_do(folder):
     source = load_images(cfg := folder_config(folder, workers=1))
     batches = source.batches(torch.arange(12), 2)

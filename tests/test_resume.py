@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,13 @@ from ranks import STEPS, tiny_config
 
 from benchmarks import faults
 from wejepa.config import IJepaConfig
+from wejepa.data import MemoryImages
 from wejepa.errors import CheckpointError, DataError, TrainingError
 from wejepa.train import folder
+from wejepa.train.callbacks import Monitor
 from wejepa.train.checkpoints import load_checkpoint, save_checkpoint
 from wejepa.train.folder import CheckpointFolder
-from wejepa.train.interruption import RunInterrupted
+from wejepa.train.interruption import RunInterrupted, RunStopped
 from wejepa.train.loop import Pretraining
 from wejepa.train.pretrain import launch_pretraining, main
 
@@ -468,16 +469,49 @@ def test_a_folder_with_a_damaged_file_is_learnt_from_and_resumes_to_the_same_sta
     assert_same(launch_pretraining(folder_cfg, resume="auto").checkpoint, expected)
 
 
-def test_a_worker_that_dies_in_the_middle_of_a_step_is_told_of(folder_cfg):
-    folder_cfg.data.num_workers = 1
+def kill_workers() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
-    def kill_workers():
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, signal.SIGKILL)
-        time.sleep(0.5)  # PyTorch's handler of SIGCHLD speaks up here, not in the loader
 
-    with pytest.raises(DataError, match=r"lower data\.num_workers = 1"):
+@pytest.mark.filterwarnings("ignore:.*passed over")
+def test_a_worker_that_dies_in_the_middle_of_a_step_ends_the_run_with_a_checkpoint(folder_cfg, tmp_path):
+    folder_cfg.hardware.checkpoint_every = 100
+    expected = load_checkpoint(launch_pretraining(folder_cfg).checkpoint)
+    folder_cfg.hardware.output_dir, folder_cfg.data.num_workers = str(tmp_path / "resumed"), 1
+    with pytest.raises(RunStopped, match=r"lower data\.num_workers = 1, .*latest\.pt holds step 2: go on with resume='auto'") as caught:
         end_after(folder_cfg, 2, kill_workers)
+    assert isinstance(caught.value, DataError) and "\n" not in str(caught.value)
+    assert_same(launch_pretraining(folder_cfg, resume="auto").checkpoint, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*passed over", "ignore:.*this process decodes the rest")
+def test_a_worker_that_dies_while_the_monitor_measures_ends_the_run_after_that(folder_cfg, tmp_path, monkeypatch):
+    folder_cfg.hardware.checkpoint_every = 100
+    expected = load_checkpoint(launch_pretraining(folder_cfg).checkpoint)
+    folder_cfg.hardware.output_dir, folder_cfg.data.num_workers = str(tmp_path / "resumed"), 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "__call__", lambda self, measure=Monitor.__call__: kill_workers() or measure(self))
+        with pytest.raises(RunStopped, match=r"holds step 5: go on with resume='auto'"):
+            launch_pretraining(folder_cfg)
+    assert_same(launch_pretraining(folder_cfg, resume="auto").checkpoint, expected)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_whatever_keeps_a_run_from_its_images_ends_it_with_a_checkpoint(cfg, whole, monkeypatch, step):
+    def broken(self, index, crops, device, augmented=MemoryImages.augmented):
+        for number, batch in enumerate(augmented(self, index, crops, device)):
+            if number == step:
+                raise TypeError("a fault\nof whatever kind")
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryImages, "augmented", broken)
+        with pytest.raises(RunStopped, match="^TypeError: a fault of whatever kind" + ("; .*holds step 3" if step else "$")):
+            launch_pretraining(cfg)
+    assert Path(cfg.hardware.output_dir, "latest.pt").exists() == bool(step)
+    assert_same(launch_pretraining(cfg, resume="auto").checkpoint, whole)
 
 
 def test_a_checkpoint_from_before_a_setting_counts_as_its_default(cfg, whole):

@@ -58,7 +58,7 @@ class Started:
     def __init__(self, folder: Path, output: Path, method: str, launcher=(sys.executable,), starting: bool = False):
         file = output.with_suffix(".json")
         file.write_text(json.dumps(config(folder, output, workers=1).to_dict()))
-        command = [*launcher, SCRIPT, method, "--config", str(file)]
+        command = [*launcher, SCRIPT, method, "0.1", "--config", str(file)]
         self.process = subprocess.Popen(
             command, env=ENVIRONMENT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -146,7 +146,7 @@ def test_timeout_loses_nothing(folder, undisturbed, tmp_path):
 
 
 def run_to_the_end(*arguments: str) -> None:
-    command = [*TORCHRUN, SCRIPT, "fork", *arguments]
+    command = [*TORCHRUN, SCRIPT, "fork", "0", *arguments]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
@@ -165,6 +165,26 @@ def test_sigterm_to_torchrun_and_all_that_it_started_loses_nothing(folder, tmp_p
     states = [load_checkpoint(tmp_path / name / "latest.pt") for name in ("run", "whole")]
     for part in ("model", "moments", "step", "losses"):
         assert faults.same(states[0][part], states[1][part]), part
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_checkpoint(folder, undisturbed, tmp_path):
+    started = Started(folder, tmp_path / "run", "fork")
+    started.workers[0].kill()
+    code, text = started.end()
+    last = text.strip().splitlines()[-2]
+    assert code == 2 and last.startswith("RunStopped: a process that decodes images died") and "go on with resume='auto'" in last, text
+    assert "Traceback" not in text
+    assert_resumes(started, folder, undisturbed)
+
+
+def test_a_worker_that_is_killed_ends_all_processes_of_the_run(folder, tmp_path):
+    started = Started(folder, tmp_path / "run", "fork", TORCHRUN)
+    started.workers[-1].kill()
+    _, text = started.end()
+    assert all(f"rank {rank} ends with 2" in text for rank in range(2)), text
+    assert text.count("RunStopped: a process that decodes images died") == 2, text
+    step = load_checkpoint(started.output / "latest.pt")["step"]
+    assert 0 < step < STEPS and f"holds step {step}: go on" in text
 
 
 def test_a_trainer_that_is_killed_leaves_no_workers_behind(folder, tmp_path):

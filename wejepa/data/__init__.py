@@ -5,7 +5,7 @@ Every random choice is derived from (seed, epoch, step), so a run that stops in 
 
 from wejepa.data.crops import crop_box, normalise, random_crops, resample, with_channels
 from wejepa.data.decoding import read_image
-from wejepa.data.loaders import steps_per_epoch, training_batches
+from wejepa.data.loaders import Ahead, steps_per_epoch, training_batches
 from wejepa.data.named import IMAGENET, STATISTICS, available_datasets, example_photograph, load_images
 from wejepa.data.sources import FolderImages, MemoryImages, RowImages
 from wejepa.data.workers import DeadWorker, deaths_wait
@@ -14,6 +14,7 @@ from wejepa.seeds import generator_for
 __all__ = [
     "IMAGENET",
     "STATISTICS",
+    "Ahead",
     "DeadWorker",
     "FolderImages",
     "MemoryImages",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,42 @@ from wejepa.seeds import generator_for
 if TYPE_CHECKING:
     from wejepa.data.sources import FolderImages, MemoryImages
 
-__all__ = ["steps_per_epoch", "training_batches"]
+__all__ = ["Ahead", "steps_per_epoch", "training_batches"]
+
+
+class Ahead:
+    """Batches, the next of which are fetched before they are needed: a fault is known while there is still a step to be made without them.
+
+    Args:
+        batches: where they come from.
+        count: how many to hold ready; more by one than the steps that are under way when what the processes tell each other is read.
+
+    Attributes:
+        fault: the error that keeps this process from the batch after those that are ready, or None.
+    """
+
+    def __init__(self, batches: Iterator[Tensor], count: int = 1):
+        self.batches, self.count, self.fault = batches, count, None
+        self._ready: deque[Tensor] = deque()
+
+    def fetch(self) -> Exception | None:
+        """Hold as many ready as there are to be, and return the fault."""
+        while self.fault is None and len(self._ready) < self.count:
+            try:
+                self._ready.append(next(self.batches))
+            except StopIteration:
+                break
+            except Exception as error:  # kept until all processes of the run can act on it
+                self.fault = error
+        return self.fault
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.fetch()
+        while self._ready:
+            yield self._ready.popleft()
+            self.fetch()
+        if self.fault is not None:
+            raise self.fault
 
 
 def training_batches(

@@ -69,7 +69,7 @@ class Workers:
                     for batch in self._begin(items):
                         yield batch
                         if not all(process.is_alive() for process in self._processes):
-                            raise RuntimeError("DataLoader worker (pid and reason unknown) is gone")
+                            raise RuntimeError("DataLoader worker (pid or reason not told) exited unexpectedly")
             finally:
                 self._busy = False
 
@@ -114,17 +114,26 @@ class Workers:
         except GeneratorExit:  # nobody wants the rest; what the processes have begun is thrown away at the next pass
             raise
         except BaseException as error:
+            died = str(error).startswith("DataLoader worker (pid") or (
+                # In the middle of handing over a batch: its end of a connection is gone a moment before it is.
+                isinstance(error, EOFError | OSError) and any(_is_dead(process) for process in self._processes)
+            )
             self.close()
-            if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")):
+            if not died:
                 raise
             self.death = (
-                f"a process that decodes images died, probably for want of memory ({' '.join(str(error).split())}): "
+                f"a process that decodes images died, probably for want of memory ({' '.join(str(error).split()) or 'it hung up'}): "
                 f"lower data.num_workers = {self.count}, or set it to 0"
             )
             raise DeadWorker(self.death) from error
 
     def __del__(self) -> None:
         self.close()
+
+
+def _is_dead(process: multiprocessing.Process) -> bool:
+    process.join(timeout=1.0)
+    return not process.is_alive()
 
 
 class _Lists:

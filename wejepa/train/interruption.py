@@ -1,4 +1,4 @@
-"""Ending a run on a signal, between two steps."""
+"""Ending a run between two steps: on a signal, or where the next images cannot be had."""
 
 from __future__ import annotations
 
@@ -6,7 +6,22 @@ import signal
 import threading
 from pathlib import Path
 
-__all__ = ["Interruption", "RunInterrupted"]
+from wejepa.errors import DataError
+
+__all__ = ["Interruption", "RunInterrupted", "RunStopped"]
+
+
+class RunStopped(DataError):
+    """The next images cannot be had; a checkpoint of the last whole step is written. All processes of a run raise it at the same step.
+
+    Args:
+        fault: what keeps a process from its next batch.
+        checkpoint: what to resume from; None where there is no step yet.
+        step: its step.
+    """
+
+    def __init__(self, fault: str, checkpoint: Path | None = None, step: int = 0):
+        super().__init__(f"{fault}; {checkpoint} holds step {step}: go on with resume='auto'" if checkpoint else fault)
 
 
 class RunInterrupted(KeyboardInterrupt):

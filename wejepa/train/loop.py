@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from wejepa.config import IJepaConfig
-from wejepa.data import deaths_wait, load_images, steps_per_epoch, training_batches
+from wejepa.data import Ahead, deaths_wait, load_images, steps_per_epoch, training_batches
 from wejepa.devices import autocast, pick_device
-from wejepa.errors import ConfigError, TrainingError
+from wejepa.errors import ConfigError, TrainingError, WejepaError
 from wejepa.masking import Masks, sample_block_masks
 from wejepa.memory import freed_memory_kept
 from wejepa.model import IJEPA_base, IJepaLoss
@@ -25,7 +25,7 @@ from wejepa.seeds import generator_for
 from wejepa.train.callbacks import Callback, LogFile, Monitor
 from wejepa.train.checkpoints import MOMENTS, Expected
 from wejepa.train.folder import LOG, CheckpointFolder, resume_from
-from wejepa.train.interruption import Interruption, RunInterrupted
+from wejepa.train.interruption import Interruption, RunInterrupted, RunStopped
 from wejepa.train.ranks import Ranks, gathered, shard, spread_like
 from wejepa.train.schedules import Schedule
 
@@ -140,6 +140,7 @@ class Pretraining:
 
         Raises:
             RunInterrupted: a signal came.
+            RunStopped: a process that decodes died, or too many files cannot be read; the checkpoint of the last whole step is written.
             TrainingError: the loss or the gradient is no longer finite; the last checkpoint is from before.
             CheckpointError: one could not be written; or, where the object has run before, another run has taken the folder since.
         """
@@ -164,14 +165,18 @@ class Pretraining:
 
         cfg, per_epoch = self.cfg, self.steps_per_epoch
         epoch, first = divmod(self.step, per_epoch)
-        batches = training_batches(self.source, cfg, epoch, first, part=(self.ranks.rank, self.ranks.world), device=self.device)
+        batches = Ahead(training_batches(self.source, cfg, epoch, first, part=(self.ranks.rank, self.ranks.world), device=self.device))
         quiet = {} if self.ranks.first else {"disable": True}  # for the first, TQDM_DISABLE decides
         bar = tqdm(batches, initial=first, total=per_epoch, leave=False, desc=f"epoch {epoch + 1}/{cfg.optimizer.epochs}", **quiet)
         begun = time.perf_counter() - self.seconds
+        if any(self.ranks.sum(batches.fetch() is not None)):
+            self._stop(batches.fault)
         for images in bar:
             loss = self.train_step(images)
+            fault = batches.fetch() is not None
             # What one process knows and all must act on travels with the loss.
-            loss, signum, due = self.ranks.sum(loss / self.ranks.world, interruption.signum, self.ranks.first and self._is_due())
+            told = (interruption.signum, self.ranks.first and self._is_due(), fault)
+            loss, signum, due, fault = self.ranks.sum(loss / self.ranks.world, *told)
             self.losses.append(loss)
             self.seconds = time.perf_counter() - begun
             for callback in self.callbacks:
@@ -180,6 +185,8 @@ class Pretraining:
                 self.save()
                 if signum:
                     raise RunInterrupted(interruption.signum or signal.SIGTERM, self.checkpoints.latest, self.step)
+            if fault:
+                self._stop(batches.fault)
 
         entry = {"epoch": epoch + 1, "step": self.step, "loss": sum(self.losses) / per_epoch}
         if self.ranks.first or cfg.hardware.shard_model:  # a sharded model computes only where all processes take part
@@ -196,6 +203,18 @@ class Pretraining:
             self.save()
         if signum and epoch + 1 < cfg.optimizer.epochs:
             raise RunInterrupted(interruption.signum or signal.SIGTERM, self.checkpoints.latest, self.step)
+
+    def _stop(self, fault: Exception | None) -> None:
+        """Save the last whole step and end the run, as this process, or another one for None, cannot have its next batch."""
+        if self.step:
+            self.save()
+
+        def tell() -> None:
+            if fault is not None:
+                text = str(fault) if isinstance(fault, WejepaError) else f"{type(fault).__name__}: {fault}"
+                raise RunStopped(text, self.checkpoints.latest if self.step else None, self.step) from fault
+
+        self.ranks.together(tell)
 
     def _log_unreadable(self) -> None:
         for path, reason in list(self.source.unreadable.items())[self._unreadable_logged :]:

@@ -64,7 +64,7 @@ def launch_pretraining(cfg: IJepaConfig, resume: str | Path | None = None) -> Pr
     """
     from wejepa.train.callbacks import EpochTable
     from wejepa.train.checkpoints import load_model
-    from wejepa.train.interruption import RunInterrupted
+    from wejepa.train.interruption import RunInterrupted, RunStopped
     from wejepa.train.loop import Pretraining
 
     run = Pretraining(cfg, resume)
@@ -74,7 +74,7 @@ def launch_pretraining(cfg: IJepaConfig, resume: str | Path | None = None) -> Pr
         run.callbacks.append(table)
     try:
         checkpoint = run.run()
-    except RunInterrupted:  # the one exception that all processes raise at the same step
+    except (RunInterrupted, RunStopped):  # which all processes raise at the same step
         run.ranks.leave()
         raise
     model = load_model(checkpoint) if cfg.hardware.shard_model else run.model.eval()
