@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks.explorers import browser_page, explorer, find_chromium, jupyterlab, open_and_run, press
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 WITH_EXPLORER = sorted(p for p in NOTEBOOKS.glob("[0-9]*.ipynb") if "Explorer(" in p.read_text())
 

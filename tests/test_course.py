@@ -86,6 +86,7 @@ NOTEBOOKS = {  # cells, and what nbmake must say of them; None: nothing
 }
 
 
+@pytest.mark.slow
 def test_nbmake_asks_more_of_a_notebook_than_that_its_cells_run(tmp_path):
     """notebooks/conftest.py on small notebooks, each with one thing wrong, and on two with nothing."""
     shutil.copy(ROOT / "notebooks" / "conftest.py", tmp_path)

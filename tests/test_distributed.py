@@ -18,6 +18,8 @@ from wejepa.errors import CheckpointError, ConfigError
 from wejepa.train.checkpoints import load_checkpoint
 from wejepa.train.loop import Pretraining
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(HERE.parent)}

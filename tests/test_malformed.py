@@ -84,6 +84,7 @@ def check_accepted(cfg: IJepaConfig) -> None:
     assert cfg.summary()
 
 
+@pytest.mark.slow
 @settings(max_examples=1500, **quick)
 @given(malformed_configs())
 def test_malformed_dicts(values):
@@ -165,6 +166,7 @@ def test_malformed_words_on_the_probes_command_line(name, text):
 def finished(tmp_path_factory):
     """A finished run's config, the bytes of its last checkpoint, and its state."""
     cfg = tiny_config(tmp_path_factory.mktemp("finished") / "run")
+    cfg.model.enc_depth = 1  # every tensor is read some thousand times
     path = launch_pretraining(cfg).checkpoint
     return cfg, path.read_bytes(), load_checkpoint(path)
 
@@ -234,6 +236,7 @@ values = st.one_of(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=150, **quick)
 @given(data=st.data())
 def test_checkpoints_whose_content_was_changed(finished, tmp_path, data):

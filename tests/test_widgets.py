@@ -161,6 +161,7 @@ def test_grey_and_colour(channels):
     assert PatchExplorer(torch.randn(channels, 16, 16)).render().mode == "RGB"
 
 
+@pytest.mark.slow
 def test_moving_leaves_no_figures_and_no_memory_behind(explorers):
     import tracemalloc
 
