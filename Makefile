@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # too, a training step takes some ten times as long.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup tutorial render test portable lab lint format clean
+.PHONY: help setup tutorial render test test-quick portable lab lint format clean
 
 help:
 	@echo 'make setup      create .venv and install the package with everything the course needs'
@@ -18,6 +18,7 @@ help:
 	@echo 'make render     run the notebooks in place and keep their outputs, for those who read without a kernel'
 	@echo 'make lab        open JupyterLab in notebooks/'
 	@echo 'make test       check the style, then run all tests and all notebooks (PYTEST_ARGS="-k masks" for some of them)'
+	@echo 'make test-quick the quick tests only, in a minute or two, while you work; no notebook'
 	@echo 'make portable   run the tests and notebooks as other processors, precisions and versions of torch would'
 	@echo 'make lint       check the style only'
 	@echo 'make format     put the code in the style'
@@ -44,8 +45,13 @@ render: setup
 	@$(PY) scripts/render_notebooks.py
 
 # As many tests at a time as there are cores; who runs out of them takes half of what another still has to do.
+SIDE_BY_SIDE := -n logical --maxprocesses=8 --dist=worksteal
+
 test: lint
-	@$(PY) -m pytest --nbmake --nbmake-timeout=600 -n logical --maxprocesses=8 --dist=worksteal $(PYTEST_ARGS)
+	@$(PY) -m pytest --nbmake --nbmake-timeout=600 $(SIDE_BY_SIDE) $(PYTEST_ARGS)
+
+test-quick: setup
+	@$(PY) -m pytest -m "not slow" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 portable: setup
 	@$(PY) -m benchmarks.portable

@@ -1,4 +1,4 @@
-"""Would the tests notice a silent error? Each mutation is one, made in a copy of the package; the tests named beside it have to fail.
+"""Would the tests notice a silent error? Each mutation is one, made in a copy of the package; a test named beside it has to fail.
 
     python -m benchmarks.mutations                      # all of them, some ten seconds each
     python -m benchmarks.mutations "no fsync" "AdamW"   # those whose name holds one of these
@@ -29,7 +29,7 @@ class Mutation:
         file: where, below the repository.
         old: the text as it is, found once in the file.
         new: what takes its place.
-        tests: what has to fail, each as FILE::FUNCTION below tests/.
+        tests: one of them at least has to fail; each as FILE::FUNCTION below tests/.
     """
 
     name: str
