@@ -57,7 +57,11 @@ SHORTENED = ("vit_b_32", "vit_l_16")  # four layers stand for twelve and twenty-
 NAMED = [name for name in BACKBONES if name != "vit_l_32"]  # it is vit_l_16 with other patches
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] if n in HEAVY else []) for n in NAMED])
+def slow_where_heavy(names):
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else []) for name in names]
+
+
+@pytest.fixture(scope="module", params=slow_where_heavy(NAMED))
 def trained(request, tmp_path_factory):
     """A model of the checkpoint after one step, and the weights after a second one: of the run itself, and of one that was resumed."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -196,7 +200,7 @@ def test_sizes_of_transformers_are_torchvisions(name):
 # ---------------------------------------------------------------- networks of stages
 
 
-@pytest.mark.parametrize("name", STAGE_WIDTHS)
+@pytest.mark.parametrize("name", slow_where_heavy(STAGE_WIDTHS))
 def test_stages_compute_what_torchvision_computes(name):
     """Each place of the classifier's own last feature map, layer-normalised, is the token of that row and column."""
     cfg = backbone_config(name, img_size=128)
@@ -219,7 +223,7 @@ def test_stages_compute_what_torchvision_computes(name):
             torch.testing.assert_close(tokens[:, row * 6 + column], F.layer_norm(at, at.shape[-1:], eps=1e-6), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", STAGE_WIDTHS)
+@pytest.mark.parametrize("name", slow_where_heavy(STAGE_WIDTHS))
 def test_each_stride_has_the_tables_width_and_builds_no_more(name):
     sizes = []
     for stride, width in STAGE_WIDTHS[name].items():

@@ -56,6 +56,7 @@ def test_contenders_take_turns_in_processes_of_their_own():
     assert all(s >= 0 for t in times.values() for s in t.seconds)
 
 
+@pytest.mark.slow
 def test_a_contender_reads_a_folder_with_workers_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "FILES", loading.BATCH)
     loading.write_folder(tmp_path)

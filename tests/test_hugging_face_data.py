@@ -168,6 +168,7 @@ def test_what_cannot_be_had_is_one_clear_error(tmp_path, monkeypatch):
         load_images(config("someone/pets"))
 
 
+@pytest.mark.slow
 def test_the_large_preset_trains_on_rows_with_a_backbone_and_goes_on(folder, saved, tmp_path):
     cfg = adapt_config_for_backbone(hf224_config(), "mobilenet_v3_small")
     cfg.data.dataset, cfg.data.train_batch_size, cfg.data.num_workers = f"hf:{saved}", 6, 0
