@@ -207,8 +207,12 @@ def claims(folder: Path = RESULTS) -> list[Claim]:
     found: dict[tuple[str, str], list] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
+        closest: dict[str, dict] = {}  # where one run makes the same comparison in several places
         for row in result["margins"]:
-            found.setdefault((result["notebook"], row["text"]), []).append(row)
+            if row["text"] not in closest or row["margin"] < closest[row["text"]]["margin"]:
+                closest[row["text"]] = row
+        for text, row in closest.items():
+            found.setdefault((result["notebook"], text), []).append(row)
     return [
         Claim(
             notebook,
