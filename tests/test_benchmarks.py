@@ -4,10 +4,11 @@ import argparse
 import importlib.util
 import json
 
+import nbformat
 import pytest
 import torch
 
-from benchmarks import loading
+from benchmarks import loading, margins
 from benchmarks.against_peers import make_transformers_encoder, peer
 from benchmarks.curve import averaged, seconds_to
 from benchmarks.learning import merge, table
@@ -131,3 +132,30 @@ def test_a_mutations_text_is_in_the_package_once_and_its_tests_exist(mutation):
     for test in mutation.tests:
         file, function = test.split("::")
         assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text()
+
+
+def test_margins_are_written_down_and_a_failed_assertion_ends_nothing(capsys):
+    cells = ["a: int = 1", "import torch\na = torch.tensor([3.0, 5.0])", "assert (a > 2).all() and 1 < a[0] < 2.5, 'fails'"]
+    cells += ["assert torch.allclose(a, a + 0.25, rtol=0, atol=1.0)", "assert not a[0] > 4\nassert all(v >= 3 for v in a)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    instrumented, texts = margins.instrumented(notebook)
+    namespace = {}
+    for cell in instrumented:
+        exec(cell.source, namespace)
+    found = {texts[key]: row for key, row in json.loads(capsys.readouterr().out.partition("MARGINS ")[2]).items()}
+    assert found == {
+        "a > 2": [1.0, 3.0, 2.0],  # the closest element
+        "1 < a[0]": [2.0, 1.0, 3.0],
+        "a[0] < 2.5": [-0.5, 3.0, 2.5],
+        "torch.allclose(a, a + 0.25, rtol=0, atol=1.0)": [0.75, 0.25, 1.0],
+        "v >= 3": [0.0, 3.0, 3.0],
+    }
+
+
+def test_a_margin_counts_in_deviations_over_the_runs_that_were_kept(tmp_path):
+    for seed, margin in enumerate((1.0, 2.0, 3.0)):
+        rows = [{"text": "a > b", "cell": "1.0", "margin": m, "left": m, "right": 0.0} for m in (margin + 5, margin)]
+        (tmp_path / f"00-native-{seed}.json").write_text(json.dumps({"notebook": "00_tour", "margins": rows}))
+    (claim,) = margins.claims(tmp_path)
+    assert claim.margins == [1.0, 2.0, 3.0] and claim.deviations == 2.0 and claim.sides == (2.0, 0.0)
