@@ -56,7 +56,7 @@ def train(cfg: IJepaConfig, resume=None, break_synchronisation=False) -> dict:
     losses, step = [], run.train_step
 
     def recorded(images):
-        losses.append(run.ranks.sum(value := step(images))[0] / run.ranks.world)
+        losses.append(run.ranks.sum(float(value := step(images)))[0] / run.ranks.world)
         return value
 
     run.train_step = recorded

@@ -77,7 +77,7 @@ def two_steps(name, folder):
     run = Pretraining(cfg)
     at_first = checksums(run.model)
     first, second = training_batches(run.source, cfg, 0)
-    run.losses.append(run.train_step(first))
+    run.losses.append(float(run.train_step(first)))
     run.save()
     after_one = checksums(run.model)
     run.train_step(second)

@@ -192,7 +192,7 @@ class HardwareConfig(Section):
 
     seed: int = setting(0, "the run's only source of randomness", low=0, high=2**31 - 1)
     device: str = setting("auto", "cpu, cuda, mps, or auto for the best one present")
-    mixed_precision: bool = setting(True, "bfloat16 matrix products wherever the device computes them natively")
+    mixed_precision: bool = setting(True, "matrix products in bfloat16 wherever the device computes it natively, in float16 on other GPUs")
     compile_model: bool = setting(False, "torch.compile the step: slow to start, pays in long runs")
     shard_model: bool = setting(False, "spread weights over the processes (FSDP2): for models too large for one device")
     checkpoint_every: int = setting(10, "epochs between checkpoints; the last epoch always writes one", low=1)

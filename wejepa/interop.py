@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 import json
 import math
@@ -75,7 +76,7 @@ def from_huggingface(model_or_folder: nn.Module | str | Path) -> IJEPA_base:
     """
     if isinstance(model_or_folder, nn.Module):
         where, config = type(model_or_folder).__name__, model_or_folder.config.to_dict()
-        found = {name: value.clone() for name, value in in_file_names(model_or_folder.state_dict()).items()}
+        found = {name: value.to("cpu", copy=True) for name, value in in_file_names(model_or_folder.state_dict()).items()}
     else:
         folder = where = local_folder(model_or_folder)
         config, found = read_json(folder / "config.json"), read_safetensors(folder)
@@ -122,7 +123,7 @@ def to_huggingface(model: IJEPA_base, folder: str | Path, encoder: str = "teache
         "hidden_act": "gelu",
         "qkv_bias": True,
     }
-    weights, names = net.state_dict(), huggingface_names(m.enc_depth)
+    weights, names = {name: value.cpu() for name, value in net.state_dict().items()}, huggingface_names(m.enc_depth)
     theirs = {t: part.contiguous() for o, ts in names.items() for t, part in zip(ts, weights[o].chunk(len(ts)), strict=True)}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -333,7 +334,10 @@ def export(model: IJEPA_base, path: str | Path, encoder: str = "teacher") -> Pat
         return to_huggingface(model, path, encoder)
     if path.suffix not in (".safetensors", ".pt2", ".onnx"):
         raise ConfigError(f"{path}: give an ending of .safetensors, .pt2 or .onnx, or none for a folder in Hugging Face's format")
-    net, m = net.eval(), model.cfg.model
+    m = model.cfg.model
+    if model.device.type != "cpu":  # a file is for any machine
+        net = copy.deepcopy(net).cpu()
+    net = net.eval()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
@@ -365,7 +369,7 @@ def export(model: IJEPA_base, path: str | Path, encoder: str = "teacher") -> Pat
 def compare(read: dict[str, Tensor], written: dict[str, Tensor], path: Path, tolerance: float = 0.0) -> None:
     """Refuse what is read back differently from what was written; `tolerance` is relative to the largest number."""
     for name, value in written.items():
-        if name not in read or float((read[name] - value).abs().max()) > tolerance * float(value.abs().max()):
+        if name not in read or float((read[name].to(value.device) - value).abs().max()) > tolerance * float(value.abs().max()):
             raise CheckpointError(f"{path}: {name} is read back differently from what was written: write it elsewhere")
 
 

@@ -211,6 +211,11 @@ class IJEPA_base(nn.Module):
         model.cfg = cfg.copy()
         return model
 
+    @property
+    def device(self) -> torch.device:
+        """What the model computes on; `to` moves it. Images and masks are moved there by whoever takes them."""
+        return next(self.parameters()).device
+
     def train(self, mode: bool = True) -> IJEPA_base:
         """As `nn.Module.train`, but a frozen encoder keeps its batch statistics as well."""
         super().train(mode)
@@ -223,12 +228,13 @@ class IJEPA_base(nn.Module):
         """Predict the targets' representations from the context's.
 
         Args:
-            images: (B, C, height, width), normalised.
-            masks: context (B, Nc) and targets (B, M, Nt), from `wejepa.masking.sample_block_masks`.
+            images: (B, C, height, width), normalised, on any device.
+            masks: context (B, Nc) and targets (B, M, Nt), from `wejepa.masking.sample_block_masks`, on any device.
 
         Returns:
-            (predictions, targets), each (B, M, Nt, D); the targets are layer-normalised and carry no gradient.
+            (predictions, targets), each (B, M, Nt, D), on the model's device; the targets are layer-normalised and carry no gradient.
         """
+        images, masks = images.to(self.device), masks.to(self.device)
         grid_size = self.student_encoder.token_grid(images)
         context = self.student_encoder(images, keep=masks.context)  # (B, Nc, D)
         predictions = self.predictor(context, masks, grid_size)  # (B, M, Nt, D)
@@ -249,7 +255,7 @@ class IJEPA_base(nn.Module):
         return self.teacher_encoder if name == "teacher" else self.student_encoder
 
     def encode(self, images: Tensor, encoder: str = "teacher") -> Tensor:
-        """All tokens of images (B, C, height, width) under the "teacher" or the "student": (B, N, D).
+        """All tokens of images (B, C, height, width), on any device, under the "teacher" or the "student": (B, N, D), on the model's.
 
         Always in evaluation mode: to look changes nothing. A network with batch normalisation uses its running statistics, which are of
         whole images in the teacher, and of masked ones in the student.
@@ -257,14 +263,19 @@ class IJEPA_base(nn.Module):
         network = self.encoder(encoder)
         training = network.training
         try:
-            return network.eval()(images)
+            return network.eval()(images.to(self.device))
         finally:
             network.train(training)
 
-    def momentum_update(self, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters; nothing where both are frozen."""
+    def momentum_update(self, momentum: float, skip: Tensor | None = None) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters; nothing where both are frozen.
+
+        Args:
+            momentum: share that the teacher keeps of itself, from 0 to 1.
+            skip: (), 1 to stand still all the same, see `wejepa.ema.update_teacher`.
+        """
         if not self.cfg.model.classification_frozen:
-            update_teacher(self.teacher_encoder, self.student_encoder, momentum)
+            update_teacher(self.teacher_encoder, self.student_encoder, momentum, skip)
 
     def enable_attention_recording(self, enabled: bool = True) -> None:
         """Keep the attention weights of both encoders' next forward passes, or stop keeping and forget them.

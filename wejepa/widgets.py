@@ -95,7 +95,7 @@ class PatchExplorer(Explorer):
     """
 
     def __init__(self, image: Tensor, patch_sizes: tuple[int, ...] | None = None):
-        self.image, side = image, image.shape[-1]
+        self.image, side = image.cpu(), image.shape[-1]
         sizes = patch_sizes or tuple(p for p in range(1, side // 2 + 1) if side % p == 0 and side // p <= 64)
         for size in sizes:
             if side % size or image.shape[-2] % size:
@@ -130,7 +130,7 @@ class MaskExplorer(Explorer):
     """
 
     def __init__(self, cfg: IJepaConfig, image: Tensor, draws: int = 3):
-        self.cfg, self.image, self.draws = cfg.copy(), image, draws
+        self.cfg, self.image, self.draws = cfg.copy(), image.cpu(), draws
         controls = {field.name: mask_control(field, getattr(cfg.mask, field.name)) for field in fields(MaskConfig)}
         controls["seed"] = slider(ipywidgets.IntSlider, "draw", 0, min=0, max=99)
         super().__init__(controls)

@@ -1,4 +1,7 @@
-"""Where an encoder looks, what its tokens have in common, and which patches its predictor finds hard. Tensors only; figures elsewhere."""
+"""Where an encoder looks, what its tokens have in common, and which patches its predictor finds hard. Tensors only; figures elsewhere.
+
+Images may be on any device; what comes back is on the CPU, ready for a figure.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def record_attention(model: IJEPA_base, images: Tensor, encoder: str = "teacher"
     model.enable_attention_recording(True)
     try:
         model.encode(images, encoder)
-        return [weights.float() for weights in model.get_recorded_attentions(encoder)]
+        return [weights.float().cpu() for weights in model.get_recorded_attentions(encoder)]
     finally:
         model.enable_attention_recording(False)
 
@@ -38,10 +41,11 @@ def attention_rollout(attentions: list[Tensor]) -> Tensor:
     """
     if not attentions:
         raise ConfigError("attentions: give the weights of one layer or more, from record_attention")
-    total = torch.eye(attentions[0].shape[-1])
+    identity = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
+    total = identity
     for weights in attentions:
-        total = (0.5 * weights.mean(1) + 0.5 * torch.eye(weights.shape[-1])) @ total
-    return total
+        total = (0.5 * weights.mean(1) + 0.5 * identity) @ total
+    return total.cpu()
 
 
 def token_colours(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -59,8 +63,9 @@ def token_colours(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
     _, directions = torch.linalg.eigh(flat.T @ flat)  # ascending
     parts = flat @ directions[:, -3:].flip(1)
     parts = parts * torch.sign(parts.gather(0, parts.abs().argmax(0, keepdim=True)))
-    low, high = torch.quantile(parts[:: max(1, len(parts) // 100_000)], torch.tensor([0.02, 0.98]), dim=0)  # outliers would grey the rest
-    return ((parts - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).view(len(tokens), *grid_size, 3)
+    ends = torch.tensor([0.02, 0.98]).to(parts.device)  # outliers would grey the rest
+    low, high = torch.quantile(parts[:: max(1, len(parts) // 100_000)], ends, dim=0)
+    return ((parts - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).view(len(tokens), *grid_size, 3).cpu()
 
 
 @torch.no_grad()
@@ -85,8 +90,8 @@ def prediction_errors(
     for _ in range(samples):
         masks = sample_block_masks(len(images), grid_size, cfg, generator)
         predictions, targets = model(images, masks)
-        error = F.smooth_l1_loss(predictions.float(), targets.float(), reduction="none").mean(-1).flatten(1)  # (B, M * Nt)
-        where = masks.targets.flatten(1)
+        error = F.smooth_l1_loss(predictions.float(), targets.float(), reduction="none").mean(-1).flatten(1).cpu()  # (B, M * Nt)
+        where = masks.targets.flatten(1).cpu()
         total.scatter_add_(1, where, error)
         asked.scatter_add_(1, where, torch.ones_like(error))
     return (total / asked).view(len(images), *grid_size)

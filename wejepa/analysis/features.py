@@ -36,15 +36,14 @@ def extract_tokens(encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor]
 
 
 def encode_images(model: IJEPA_base, source, index: Tensor, cfg: IJepaConfig, encoder: str = "teacher") -> Tensor:
-    """Tokens (N, P, D) of images under the config's precision."""
-    device = next(model.parameters()).device
+    """Tokens (N, P, D) of images under the config's precision: computed on the model's device, float32 on the CPU."""
 
     def encode(images: Tensor) -> Tensor:
-        with autocast(device, cfg.hardware.mixed_precision):
-            return model.encode(images.to(device), encoder=encoder)
+        with autocast(model.device, cfg.hardware.mixed_precision):
+            return model.encode(images, encoder=encoder)
 
     with freed_memory_kept():
-        return extract_tokens(encode, source.batches(index, cfg.data.eval_batch_size, device))
+        return extract_tokens(encode, source.batches(index, cfg.data.eval_batch_size, model.device))
 
 
 def pool_tokens(tokens: Tensor, grid_size: tuple[int, int], pooling: str, cells: int = 4) -> Tensor:
@@ -67,7 +66,7 @@ def pool_tokens(tokens: Tensor, grid_size: tuple[int, int], pooling: str, cells:
 def extract_backbone_features(
     model, source, index: Tensor | None = None, *, encoder: str = "teacher", pooling: str = "mean", batch_size: int = 500
 ):
-    """Pooled features (N, F) of images under a model's encoder.
+    """Pooled features (N, F), on the CPU, of images under a model's encoder.
 
     Args:
         model: an `IJEPA_base`.
@@ -88,14 +87,15 @@ def knn_accuracy(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     Nearness is the cosine, and a vote weighs exp(cosine / 0.07), as in Wu et al. (2018).
 
     Args:
-        train_x, test_x: vectors (N, F).
+        train_x, test_x: vectors (N, F); computed where `train_x` is.
         train_y, test_y: their classes (N,).
     """
+    train_y, test_x, test_y = (values.to(train_x.device) for values in (train_y, test_x, test_y))
     train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
     hits, classes = 0, int(train_y.max()) + 1
     for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):
         cosine, index = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)
-        votes = torch.zeros(len(x), classes).scatter_add_(1, train_y[index], (cosine / 0.07).exp())
+        votes = torch.zeros(len(x), classes, device=x.device).scatter_add_(1, train_y[index], (cosine / 0.07).exp())
         hits += int((votes.argmax(1) == y).sum())
     return hits / len(test_y)
 
@@ -120,5 +120,5 @@ def run_tsne_projection(features: Tensor, *, perplexity: float = 30.0, seed: int
     from sklearn.manifold import TSNE
 
     perplexity = min(perplexity, (len(features) - 1) / 3)
-    plane = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features.float().numpy())
+    plane = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features.float().cpu().numpy())
     return torch.from_numpy(plane)

@@ -1,4 +1,4 @@
-"""Figures from tensors: images, masks, training curves, comparisons, attention. Each returns a matplotlib figure.
+"""Figures from tensors, on any device: images, masks, training curves, comparisons, attention. Each returns a matplotlib figure.
 
 Colours are of Okabe and Ito's palette and the map is cividis: both read the same to colour-blind eyes.
 """
@@ -62,7 +62,7 @@ def _check_count(names: Collection[str], most: int, what: str) -> None:
 
 def to_picture(image: Tensor) -> Tensor:
     """An image (C, H, W) of any range as (H, W, 3) from 0 to 1."""
-    image = image.detach().float()
+    image = image.detach().float().cpu()
     image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
     return image.expand(3, -1, -1).permute(1, 2, 0) if image.shape[0] == 1 else image[:3].permute(1, 2, 0)
 
@@ -84,7 +84,7 @@ def plot_images(images: Tensor, titles: Sequence[str] = (), *, columns: int = 10
 
 def plot_masks(images: Tensor, masks: Masks, grid_size: tuple[int, int], *, title: str = "What is seen, what is asked") -> Figure:
     """For each image (B, C, H, W): the whole, what the student sees, and the target blocks it must predict."""
-    columns = len(images)
+    columns, masks = len(images), masks.to("cpu")
     fig, axes = plt.subplots(3, columns, figsize=(1.5 * columns + 0.9, 5.2), squeeze=False, layout="constrained")
     high, wide = images.shape[-2] // grid_size[0], images.shape[-1] // grid_size[1]
     for column in range(columns):
@@ -178,7 +178,7 @@ def plot_bands(x_values: Sequence[float], curves: dict[str, Tensor], *, x: str, 
     styles = line_styles(curves)
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, values), style in zip(curves.items(), styles, strict=True):
-        values = torch.as_tensor(values).float()
+        values = torch.as_tensor(values).float().cpu()
         ax.fill_between(x_values, values.amin(0), values.amax(0), color=style["color"], alpha=0.18, linewidth=0)
         ax.plot(x_values, values.mean(0), label=name, **style)
     ax.set_xscale("log")
@@ -193,6 +193,7 @@ def plot_bands(x_values: Sequence[float], curves: dict[str, Tensor], *, x: str, 
 
 def plot_confusion(counts: Tensor, classes: Sequence[str], *, title: str = "What is taken for what") -> Figure:
     """How many images of each class (rows) were given each class (columns), (C, C), as shares of the row; the counts stand in the cells."""
+    counts = counts.cpu()
     shares = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)
     fig, ax = plt.subplots(figsize=(0.62 * len(classes) + 1.8, 0.55 * len(classes) + 1.2), layout="constrained")
     drawn = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
@@ -230,7 +231,7 @@ def visualize_attention_scores(
     fig, axes = plt.subplots(1, 1 + len(layers), figsize=(2.3 * (1 + len(layers)) + 0.6, 2.7), squeeze=False, layout="constrained")
     axes, picture = axes[0], to_picture(image)
     high, wide = image.shape[-2] / grid_size[0], image.shape[-1] / grid_size[1]
-    maps = torch.stack([attentions[k].float().mean(0) for k in layers])  # (L, N, N)
+    maps = torch.stack([attentions[k].float().mean(0).cpu() for k in layers])  # (L, N, N)
     maps = (maps.mean(1) if query is None else maps[:, query]).view(-1, *grid_size) * maps.shape[-1]  # 1 is an even share
     axes[0].imshow(picture)
     axes[0].set_title("image")
@@ -253,6 +254,7 @@ def visualize_attention_scores(
 
 def plot_tsne_embeddings(points: Tensor, labels: Tensor, classes: Sequence[str], *, title: str = "t-SNE of the features") -> Figure:
     """A scatter of points (N, 2): each class (N,) has a colour, a marker, and its name at the median of its points."""
+    points, labels = points.cpu(), labels.cpu()
     fig, ax = plt.subplots(figsize=(7.2, 5.4), layout="constrained")
     for i, name in enumerate(classes):
         own = points[labels == i]
@@ -276,7 +278,7 @@ def plot_token_colours(
     for column in range(columns):
         axes[0, column].imshow(to_picture(images[column]))
         for ax, shown in zip(axes[1:, column], colours.values(), strict=True):
-            ax.imshow(shown[column])
+            ax.imshow(shown[column].cpu())
     for ax, name in zip(axes[:, 0], ("image", *colours), strict=True):
         ax.set_ylabel(name)
     for ax in axes.flat:
@@ -289,7 +291,7 @@ def plot_token_colours(
 
 def plot_error_maps(images: Tensor, errors: Tensor, *, title: str = "Which patches are hard to predict") -> Figure:
     """Images (B, C, H, W) above the prediction error of each of their patches (B, rows, columns); not-a-number is left white."""
-    columns = len(images)
+    columns, errors = len(images), errors.cpu()
     fig, axes = plt.subplots(2, columns, figsize=(1.15 * columns + 1.4, 2.9), squeeze=False, layout="constrained")
     largest = float(errors[errors.isfinite()].quantile(0.99))  # a single hard patch would darken the rest
     for column in range(columns):
@@ -308,6 +310,7 @@ def plot_error_maps(images: Tensor, errors: Tensor, *, title: str = "Which patch
 
 def plot_coverage(maps: dict[str, Tensor], *, title: str = "How often each patch is drawn") -> Figure:
     """Heatmaps of shares (H, W) by name, on one scale that begins at 0, each patch's share written in it."""
+    maps = {name: heat.cpu() for name, heat in maps.items()}
     fig, axes = plt.subplots(1, len(maps), figsize=(3.5 * len(maps) + 0.9, 3.7), squeeze=False, layout="constrained")
     highest = max(float(heat.max()) for heat in maps.values())
     for ax, (name, heat) in zip(axes[0], maps.items(), strict=True):
@@ -360,10 +363,10 @@ def plot_maps(
         limits: the scale's ends, by default the smallest and the largest value.
         title: above the figure.
     """
+    maps = {name: values.detach().float().cpu() for name, values in maps.items()}
     fig, axes = plt.subplots(1, len(maps), figsize=(3.5 * len(maps) + 0.7, 3.9), squeeze=False, layout="constrained")
-    everything = torch.cat([m.detach().float().flatten() for m in maps.values()])
+    everything = torch.cat([values.flatten() for values in maps.values()])
     for ax, (name, values) in zip(axes[0], maps.items(), strict=True):
-        values = values.detach().float()
         scale = everything if shared else values
         low, high = limits or (float(scale.min()), float(scale.max()))
         drawn = ax.imshow(values, cmap="cividis", vmin=low, vmax=high)
@@ -418,7 +421,7 @@ def plot_similarity_maps(similarities: dict[str, Tensor], grid_size: tuple[int, 
     fig, axes = plt.subplots(1, len(similarities), figsize=(5.2 * len(similarities), 5.0), squeeze=False, layout="constrained")
     for ax, (name, similarity) in zip(axes[0], similarities.items(), strict=True):
         sheet = torch.full((rows * (rows + 1) - 1, cols * (cols + 1) - 1), float("nan"))
-        for k, values in enumerate(similarity.detach().float().view(-1, rows, cols)):
+        for k, values in enumerate(similarity.detach().float().cpu().view(-1, rows, cols)):
             r, c = k // cols * (rows + 1), k % cols * (cols + 1)
             sheet[r : r + rows, c : c + cols] = values
         drawn = ax.imshow(sheet, cmap="cividis", vmin=float(similarity.min()), vmax=1)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from wejepa.config import IJepaConfig
+from wejepa.devices import to_device
 
-__all__ = ["centre_square", "crop_box", "normalise", "random_crops", "resample", "to_device", "with_channels"]
+__all__ = ["centre_square", "crop_box", "normalise", "random_crops", "resample", "with_channels"]
 
 ASPECT = 4 / 3  # a crop's longer side over its shorter one, at most
 
@@ -79,15 +80,9 @@ def _triangles(centres: Tensor, step: Tensor, length: int) -> Tensor:
     return weights.div_(weights.sum(-1, keepdim=True))  # beyond the image there is nothing to weigh
 
 
-def to_device(pixels: Tensor, device: torch.device | str) -> Tensor:
-    """Move pixels to a device: to a CUDA device from pinned memory, beside what it computes."""
-    cuda = torch.device(device).type == "cuda"
-    return (pixels.pin_memory() if cuda else pixels).to(device, non_blocking=cuda)
-
-
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Pixels (B, C, H, W) from 0 to 255, as float32 with the set's mean and deviation taken out."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (mean, std))
+    mean, std = (to_device(torch.tensor(v).view(1, -1, 1, 1), pixels.device) for v in (mean, std))
     return pixels.float().div(255).sub_(mean).div_(std)
 
 

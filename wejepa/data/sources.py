@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wejepa.data.crops import centre_square, crop_box, normalise, resample, to_device, with_channels
+from wejepa.data.crops import centre_square, crop_box, normalise, resample, with_channels
 from wejepa.data.decoding import no_fault_of_the_file, persistently, read_image, reason_unreadable
 from wejepa.data.listing import Files
 from wejepa.data.workers import DeadWorker, Workers
+from wejepa.devices import to_device
 from wejepa.errors import DataError
 
 __all__ = ["FolderImages", "MemoryImages", "RowImages"]
@@ -76,7 +77,7 @@ class MemoryImages:
         """One augmented batch for each row of `index` (steps, B) under `random_crops` (steps, B, 5): (B, C, S, S) each."""
         height, width = self.images.shape[-2:]
         for part, crop in zip(index, crops, strict=True):
-            x, crop = to_device(self.images[part], device), crop.to(device)
+            x, crop = to_device(self.images[part], device), to_device(crop, device)
             yield self._prepared(resample(x, crop_box(crop, width, height), crop[:, 4], self.img_size))
 
     def _prepared(self, pixels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wejepa.config import IJepaConfig
+from wejepa.devices import pick_device
 from wejepa.errors import CheckpointError, ConfigError
 from wejepa.model import IJEPA_base
 from wejepa.train.ranks import Ranks, is_spread, own_part
@@ -103,19 +105,25 @@ def read_file(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_model(path: str | Path) -> IJEPA_base:
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> IJEPA_base:
     """The model of a checkpoint, built from the config it carries and loaded strictly, in evaluation mode.
 
+    Args:
+        path: the checkpoint.
+        device: where the model is wanted: "cpu", "cuda", "mps", or "auto" for the best one present.
+
     Raises:
+        ConfigError: there is no such device.
         CheckpointError: see `load_checkpoint`; or the weights do not fit the config.
     """
+    device = pick_device(device, "device")
     state = load_checkpoint(path)
     try:
         model = IJEPA_base.without_weights(IJepaConfig.from_dict(state["config"]))
         load_weights(model, state["model"], path)
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{path} does not fit this version of wejepa ({error}): take the version that wrote it") from error
-    return model.eval()
+    return model.eval().to(device)
 
 
 def save_model(path: Path, model: IJEPA_base, source: str) -> None:
@@ -259,6 +267,9 @@ def check_state(state: dict[str, Any], expected: Expected, path: Path) -> None:
         wrong += ["step"] if not 0 < state["step"] <= expected.cfg.optimizer.epochs * expected.steps_per_epoch else []
         wrong += ["history"] if len(state["history"]) != epoch or not all(isinstance(e, dict) for e in state["history"]) else []
         wrong += ["losses"] if len(state["losses"]) != done or not all(isinstance(v, float) for v in state["losses"]) else []
+        # Only runs that have computed in float16 have these two.
+        wrong += ["scaler"] if "scaler" in state and not is_scaler(state["scaler"]) else []
+        wrong += ["skipped"] if state.get("skipped", 0) not in range(state["step"] + 1) else []
     if wrong:
         raise CheckpointError(f"{path} is no whole training state: {wrong[0]} = {str(state.get(wrong[0]))[:60]}; take an earlier one")
     if state["images"] != expected.images:
@@ -266,6 +277,14 @@ def check_state(state: dict[str, Any], expected: Expected, path: Path) -> None:
             f"{path} was trained on {state['images']}, data.root now has {expected.images}: "
             f"put the same images back, or start afresh in another hardware.output_dir"
         )
+
+
+def is_scaler(found: Any) -> bool:
+    """Whether this is the state of a gradient scaler: its numbers by name, of its types, and a scale that is one."""
+    kinds = {name: type(value) for name, value in torch.amp.GradScaler("cpu").state_dict().items()}
+    if not isinstance(found, dict) or {name: type(value) for name, value in found.items()} != kinds:
+        return False
+    return all(0 <= value < math.inf for value in found.values()) and found["scale"] > 0
 
 
 def check_settings(saved: Any, cfg: IJepaConfig, path: Path) -> None:

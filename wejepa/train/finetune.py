@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wejepa.analysis.features import POOLINGS, encode_images, knn_accuracy, pool_tokens
 from wejepa.config import IJepaConfig, Section, parse_value, setting
 from wejepa.data import load_images, random_crops
-from wejepa.devices import autocast
+from wejepa.devices import autocast, pick_device, precision, to_device
 from wejepa.errors import ConfigError, DataError, exit_code
 from wejepa.memory import freed_memory_kept
 from wejepa.model import IJEPA_base
@@ -49,6 +49,7 @@ class FinetuneConfig(Section):
     batch_size: int = setting(250, "features per update of the probe", low=1)
     supervised_epochs: int = setting(30, "passes of the encoder that is trained with labels from scratch", low=1)
     seed: int = setting(0, "choice of the split, order of the batches, initial weights", low=0, high=2**31 - 1)
+    device: str = setting("auto", "where features and probes are computed: cpu, cuda, mps, or auto for the best one present")
     data_root: str | None = setting(None, "where the data set is now, if not where the checkpoint saw it", optional=True)
 
 
@@ -60,7 +61,7 @@ class ProbeResult:
         accuracy: share of the test images classified rightly after the last epoch.
         history: the same after each epoch.
         learning_rate, weight_decay: chosen on a fifth of the training images.
-        predictions: the class given to each test image, (N,).
+        predictions: the class given to each test image, (N,), on the CPU.
     """
 
     accuracy: float
@@ -75,16 +76,26 @@ def train_linear_probe(cfg: FinetuneConfig, model: IJEPA_base | None = None) -> 
 
     Args:
         cfg: the protocol; `cfg.checkpoint` names the encoder unless `model` is given.
-        model: a model to probe instead of a checkpoint.
+        model: a model to probe instead of a checkpoint; its features are computed where it is, all else on `cfg.device`.
 
     Raises:
+        ConfigError: there is no such device.
         CheckpointError: the checkpoint is absent or damaged.
         DataError: the labelled images are too few.
     """
-    model = model or load_model(cfg.checkpoint)
+    model = model or load_model(cfg.checkpoint, device_of(cfg))
     judge = Judge(cfg, model.cfg)
     train, test = (pool_tokens(tokens, model.cfg.grid_size, cfg.pooling) for tokens in judge.tokens(model))
     return fit_probe(train, judge.train_y, test, judge.test_y, cfg)
+
+
+def device_of(cfg: FinetuneConfig) -> torch.device:
+    """What a protocol computes on.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    return pick_device(cfg.device, "FinetuneConfig.device")
 
 
 def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, cfg: FinetuneConfig) -> ProbeResult:
@@ -93,9 +104,10 @@ def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, 
     Args:
         train_x, test_x: features (N, F).
         train_y, test_y: classes (N,).
-        cfg: `epochs`, `batch_size` and `seed` are used.
+        cfg: `epochs`, `batch_size`, `seed` and `device` are used.
 
     Raises:
+        ConfigError: there is no such device.
         DataError: fewer than 10 labelled images, too few to choose on a fifth of them; labels that are negative, or not one for
             each row of features.
     """
@@ -106,23 +118,24 @@ def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, 
             raise DataError(f"{name}_y[{negative[0]}] = {y[negative[0]]}: classes count from 0; leave out what has none")
     if len(train_x) < 10:
         raise DataError(f"a probe needs 10 labelled images or more, there are {len(train_x)}: raise labels_per_class or label some more")
+    train_x, train_y, test_x, test_y = (values.to(device_of(cfg)) for values in (train_x, train_y, test_x, test_y))
     classes = int(train_y.max()) + 1
-    order = torch.randperm(len(train_x), generator=generator_for(cfg.seed))
+    order = torch.randperm(len(train_x), generator=generator_for(cfg.seed)).to(train_x.device)
     held, kept = order[: len(order) // 5], order[len(order) // 5 :]
     pairs = [(rate, decay) for rate in LEARNING_RATES for decay in WEIGHT_DECAYS]
     right = _softmax_regressions(train_x[kept], train_y[kept], train_x[held], classes, pairs, cfg)[-1] == train_y[held]
     best = pairs[int(right.float().mean(1).argmax())]
     every_epoch = _softmax_regressions(train_x, train_y, test_x, classes, [best], cfg)[:, 0]  # (epochs, N)
     history = (every_epoch == test_y).float().mean(1).tolist()
-    return ProbeResult(history[-1], history, *best, every_epoch[-1])
+    return ProbeResult(history[-1], history, *best, every_epoch[-1].cpu())
 
 
 def _softmax_regressions(train_x, train_y, test_x, classes: int, pairs: list[tuple[float, float]], cfg: FinetuneConfig) -> Tensor:
     """Train one regression for every (rate, decay) side by side; predictions after each epoch, (epochs, pairs, N_test)."""
-    mean, std, width = train_x.mean(0), train_x.std(0) + 1e-6, train_x.shape[1]
+    mean, std, width, device = train_x.mean(0), train_x.std(0) + 1e-6, train_x.shape[1], train_x.device
     train_x, test_x = ((x - mean) / std / width**0.5 for x in (train_x, test_x))  # each vector's norm is about 1
-    weights = [torch.zeros(width, classes, requires_grad=True) for _ in pairs]
-    biases = [torch.zeros(classes, requires_grad=True) for _ in pairs]
+    weights = [torch.zeros(width, classes, device=device, requires_grad=True) for _ in pairs]
+    biases = [torch.zeros(classes, device=device, requires_grad=True) for _ in pairs]
     groups = []
     for w, b, (rate, decay) in zip(weights, biases, pairs, strict=True):
         rate *= width**0.5
@@ -137,7 +150,8 @@ def _softmax_regressions(train_x, train_y, test_x, classes: int, pairs: list[tup
         return (x @ torch.cat(weights, dim=1) + torch.cat(biases)).view(len(x), len(pairs), classes)
 
     for _ in range(cfg.epochs):
-        for index in torch.randperm(len(train_x), generator=generator)[: per_epoch * batch_size].split(batch_size):
+        order = torch.randperm(len(train_x), generator=generator)[: per_epoch * batch_size].to(device)
+        for index in order.split(batch_size):
             wanted = train_y[index].repeat_interleave(len(pairs))
             loss = F.cross_entropy(logits(train_x[index]).flatten(0, 1), wanted) * len(pairs)  # each pair's mean, summed
             optimizer.zero_grad()
@@ -187,12 +201,15 @@ def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None 
         cfg: the protocol.
         model: a model to judge instead of `cfg.checkpoint`.
         pretraining_seconds: told in the table.
+
+    All computes on `cfg.device`, but for the features of a model that is handed in: those where it is.
     """
-    model = model or load_model(cfg.checkpoint)
+    device = device_of(cfg)
+    model = model or load_model(cfg.checkpoint, device)
     judge = Judge(cfg, model.cfg)
     rows = {
         f"pretrained {cfg.encoder}": judge.scores(model) | {"seconds": pretraining_seconds},
-        "same encoder, random": judge.scores(untrained(model.cfg)) | {"seconds": 0.0},
+        "same encoder, random": judge.scores(untrained(model.cfg).to(device)) | {"seconds": 0.0},
         "raw pixels": judge.pixel_scores() | {"seconds": 0.0},
     }
     start = time.perf_counter()
@@ -220,17 +237,18 @@ def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: Finetune
 
     The images are augmented as in pretraining, the rate is pretraining's, warmed up for a tenth and lowered along a cosine.
     """
+    device = device_of(finetune)
     torch.manual_seed(finetune.seed)
     model = IJEPA_base(from_scratch(cfg))
-    encoder = model.student_encoder
-    head = nn.Linear(encoder.embed_dim, len(source.classes))
+    head = nn.Linear(model.student_encoder.embed_dim, len(source.classes)).to(device)
+    encoder = model.to(device).student_encoder
     optimizer = torch.optim.AdamW([*parameter_groups(encoder), {"params": head.parameters(), "decays": False}], fused=True)
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.05 * group["decays"]
     batch_size = min(cfg.data.train_batch_size, len(index))
     per_epoch = len(index) // batch_size
-    steps, device = finetune.supervised_epochs * per_epoch, torch.device("cpu")
-    step = 0
+    steps, step = finetune.supervised_epochs * per_epoch, 0
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(device, cfg.hardware.mixed_precision) == torch.float16)
     for epoch in range(finetune.supervised_epochs):
         order = index[torch.randperm(len(index), generator=generator_for(finetune.seed, epoch))]
         parts = order[: per_epoch * batch_size].view(per_epoch, batch_size)
@@ -240,11 +258,13 @@ def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: Finetune
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with autocast(device, cfg.hardware.mixed_precision):
-                loss = F.cross_entropy(head(encoder(images).mean(1)).float(), source.labels[part])
+                loss = F.cross_entropy(head(encoder(to_device(images, device)).mean(1)).float(), to_device(source.labels[part], device))
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             step += 1
     model.teacher_encoder.load_state_dict(encoder.state_dict())
     return model.eval()
@@ -262,7 +282,7 @@ class Judge:
         index, test_index: which of `train` have labels, which of `test` are asked: files that cannot be read are left out.
 
     Raises:
-        ConfigError: an encoder or a pooling that is not known.
+        ConfigError: an encoder or a pooling that is not known; there is no such device.
         DataError: the set has fewer than two classes, or too many files that cannot be read.
     """
 
@@ -270,6 +290,7 @@ class Judge:
         for name, known in (("encoder", ("teacher", "student")), ("pooling", POOLINGS)):
             if getattr(cfg, name) not in known:
                 raise ConfigError(f"{name} = {getattr(cfg, name)!r}: give {' or '.join(known)}")
+        device_of(cfg)  # refused before any image is read
         config = config.copy()
         if cfg.data_root is not None:
             config.data.root = cfg.data_root
@@ -282,7 +303,7 @@ class Judge:
         self.train_y, self.test_y = self.train.labels[self.index], self.test.labels[self.test_index]
 
     def tokens(self, model: IJEPA_base) -> tuple[Tensor, Tensor]:
-        """Tokens of the labelled and of the test images, each (N, P, D)."""
+        """Tokens of the labelled and of the test images, each (N, P, D), on the CPU."""
         images = ((self.train, self.index), (self.test, self.test_index))
         train, test = (encode_images(model, source, index, model.cfg, self.cfg.encoder) for source, index in images)
         return train, test
@@ -305,7 +326,7 @@ class Judge:
     def _scores(self, pooled: dict[str, list[Tensor]]) -> dict[str, float]:
         scores = {name: fit_probe(train, self.train_y, test, self.test_y, self.cfg).accuracy for name, (train, test) in pooled.items()}
         train, test = pooled["grid"]
-        return scores | {"knn": knn_accuracy(train, self.train_y, test, self.test_y)}
+        return scores | {"knn": knn_accuracy(train.to(device_of(self.cfg)), self.train_y, test, self.test_y)}
 
 
 def first_of_each_class(labels: Tensor, count: int) -> Tensor:

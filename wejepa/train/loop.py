@@ -7,6 +7,7 @@ import math
 import signal
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from wejepa.config import IJepaConfig
 from wejepa.data import Ahead, deaths_wait, load_images, steps_per_epoch, training_batches
-from wejepa.devices import autocast, pick_device
+from wejepa.devices import autocast, pick_device, precision, to_device
 from wejepa.errors import ConfigError, TrainingError, WejepaError
 from wejepa.masking import Masks, sample_block_masks
 from wejepa.memory import freed_memory_kept
@@ -32,6 +33,7 @@ from wejepa.train.schedules import Schedule
 __all__ = ["Pretraining", "parameter_groups"]
 
 MASKS = 1  # tells the masks' random numbers from the crops' of the same step
+LEAST_SCALE = 2.0**-10  # of a loss under float16; it begins at 2 ** 16 and is halved at each gradient that is not finite
 BETAS = (0.9, 0.95)  # a memory of twenty steps, not a thousand: in runs of a few thousand the gradient soon is another one
 
 
@@ -58,6 +60,9 @@ class Pretraining:
         self.log = LogFile(self.output / LOG)
         self.step, self.history = 0, []
         self.losses, self.seconds = [], 0.0  # of the epoch under way
+        # Steps that are under way when one's numbers are read: an accelerator has kernels to run while the next batch is prepared.
+        self.late = 0 if self.device.type == "cpu" else 1
+        self._unread: deque[tuple[int, Tensor]] = deque()
         self._unreadable_logged, self._saved_at = 0, time.monotonic()
 
         weakref.finalize(self, self.checkpoints.lock.release)
@@ -73,8 +78,9 @@ class Pretraining:
         torch.manual_seed(h.seed)  # the initial weights; all later choices have generators of their own
         self.model = IJEPA_base(self.cfg)
         self.monitor = Monitor(self.cfg, self.source, self.model)
+        dtype = precision(self.device, h.mixed_precision)
         if h.shard_model:
-            shard(self.model, self.ranks)
+            shard(self.model, self.ranks, dtype)
         else:
             self.model.to(self.device)
         weights = self.model.state_dict()
@@ -89,13 +95,22 @@ class Pretraining:
         if h.compile_model:
             self.loss = torch.compile(self.loss)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), betas=BETAS, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         if state is not None:
-            self._set_moments(state["moments"])
+            self._set_moments(state["moments"], self.step - state.get("skipped", 0))
+            if self.scaler.is_enabled() and "scaler" in state:
+                self.scaler.load_state_dict(state["scaler"])
 
     # ------------------------------------------------------------ one step
 
-    def train_step(self, images: Tensor) -> float:
-        """One update on this process's images (B / ranks, C, S, S); returns the whole batch's loss before it."""
+    def train_step(self, images: Tensor) -> Tensor:
+        """One update on this process's images (B / ranks, C, S, S); returns their mean loss before it, () on the device.
+
+        Nothing here waits for an accelerator. There and here, a loss or gradient that is not finite changes neither student nor teacher.
+
+        Raises:
+            TrainingError: on the CPU: the loss or the gradient is not finite. `run` raises it on every device, one step later on others.
+        """
         cfg, now, world = self.cfg, self.schedule(self.step), self.ranks.world
         # Every process draws the masks of the whole batch and takes its part: the number of processes changes nothing.
         masks = sample_block_masks(len(images) * world, cfg.grid_size, cfg.mask, generator_for(cfg.hardware.seed, self.step, MASKS))
@@ -105,31 +120,43 @@ class Pretraining:
             group["weight_decay"] = now.weight_decay * group["decays"]
 
         self.optimizer.zero_grad()
-        value = self._backward(images.to(self.device), masks.to(self.device))
-        norm = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optimizer.grad_clip_norm or math.inf)).item()
-        if not (math.isfinite(value) and math.isfinite(norm)):  # the weights are still those of the step before
-            raise TrainingError(
-                f"at step {self.step} the loss is {value} and the gradient's norm {norm}; the last checkpoint in {self.output} is from "
-                f"before: resume it with hardware.mixed_precision = false, or start afresh below optimizer.base_learning_rate = "
-                f"{cfg.optimizer.base_learning_rate}"
-            )
-        self.optimizer.step()
-        self.model.momentum_update(now.momentum)
+        loss = self._backward(to_device(images, self.device), Masks(*(to_device(index, self.device) for index in masks)))
+        self.scaler.unscale_(self.optimizer)
+        norm = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), cfg.optimizer.grad_clip_norm or math.inf))
+        skip = 1 - norm.isfinite().float()
+        self.optimizer.found_inf = skip  # which the fused AdamW heeds on the device
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.model.momentum_update(now.momentum, skip)
+        self._numbers = torch.stack([loss, norm.to(loss.dtype)])
+        if not self.late:
+            self._check(self.step, *self._numbers.tolist())
         self.step += 1
-        return value
+        return loss
 
-    def _backward(self, images: Tensor, masks: Masks) -> float:
-        """Gradients of the mean loss, in as many parts as the config says; returns the loss."""
-        parts, value = self.cfg.optimizer.accumulation_steps, 0.0
+    def _backward(self, images: Tensor, masks: Masks) -> Tensor:
+        """Gradients of the mean loss, in as many parts as the config says; returns the loss, () on the device."""
+        parts, losses = self.cfg.optimizer.accumulation_steps, []
         for part in range(parts):
             last = part == parts - 1
             wait = contextlib.nullcontext() if last or not hasattr(self.loss, "no_sync") else self.loss.no_sync()
             with wait:
                 with autocast(self.device, self.cfg.hardware.mixed_precision):
                     loss = self.loss(images.chunk(parts)[part], masks.part(part, parts)) / parts
-                loss.backward()
-            value += loss.item()
-        return value
+                losses.append(loss.detach())
+                # 1, or what float16 needs; not a number where the loss is none, so that every process sees it in the gradient's norm.
+                loss.backward(self.scaler.scale(1 + 0 * loss.detach()))
+        return torch.stack(losses).to(torch.float32 if self.device.type == "mps" else torch.float64).sum()  # MPS has no float64
+
+    def _check(self, step: int, loss: float, norm: float) -> None:
+        """Refuse a loss or gradient that is not finite; under float16 a gradient may overflow until its scale has fallen far enough."""
+        if math.isfinite(loss) and (math.isfinite(norm) or (self.scaler.is_enabled() and self.scaler.get_scale() > LEAST_SCALE)):
+            return
+        raise TrainingError(  # the weights are still those of the step before
+            f"at step {step} the loss is {loss} and the gradient's norm {norm}; the last checkpoint in {self.output} is from "
+            f"before: resume it with hardware.mixed_precision = false, or start afresh below optimizer.base_learning_rate = "
+            f"{self.cfg.optimizer.base_learning_rate}"
+        )
 
     # ------------------------------------------------------------ all of them
 
@@ -165,23 +192,22 @@ class Pretraining:
 
         cfg, per_epoch = self.cfg, self.steps_per_epoch
         epoch, first = divmod(self.step, per_epoch)
-        batches = Ahead(training_batches(self.source, cfg, epoch, first, part=(self.ranks.rank, self.ranks.world), device=self.device))
+        end = self.step - first + per_epoch
+        batches = training_batches(self.source, cfg, epoch, first, part=(self.ranks.rank, self.ranks.world), device=self.device)
+        batches = Ahead(batches, count=1 + self.late)
         quiet = {} if self.ranks.first else {"disable": True}  # for the first, TQDM_DISABLE decides
         bar = tqdm(batches, initial=first, total=per_epoch, leave=False, desc=f"epoch {epoch + 1}/{cfg.optimizer.epochs}", **quiet)
         begun = time.perf_counter() - self.seconds
         if any(self.ranks.sum(batches.fetch() is not None)):
             self._stop(batches.fault)
         for images in bar:
-            loss = self.train_step(images)
-            fault = batches.fetch() is not None
+            self.train_step(images)
             # What one process knows and all must act on travels with the loss.
-            told = (interruption.signum, self.ranks.first and self._is_due(), fault)
-            loss, signum, due, fault = self.ranks.sum(loss / self.ranks.world, *told)
-            self.losses.append(loss)
-            self.seconds = time.perf_counter() - begun
-            for callback in self.callbacks:
-                callback.on_step(self.step, {"loss": loss})
-            if (signum or due) and len(self.losses) < per_epoch:
+            self._send_numbers(interruption.signum, self.ranks.first and self._is_due(), batches.fetch() is not None)
+            signum, due, fault = self._read_numbers(begun, leave=0 if self.step == end else self.late)
+            if signum or due or fault:
+                self._read_numbers(begun)
+            if (signum or due) and self.step < end:
                 self.save()
                 if signum:
                     raise RunInterrupted(interruption.signum or signal.SIGTERM, self.checkpoints.latest, self.step)
@@ -215,6 +241,27 @@ class Pretraining:
                 raise RunStopped(text, self.checkpoints.latest if self.step else None, self.step) from fault
 
         self.ranks.together(tell)
+
+    def _send_numbers(self, *told: float) -> None:
+        """Queue the last step's loss and norm, and with them what this process has to tell the others: one small collective."""
+        own = [*(self._numbers / self.ranks.world), *(torch.full_like(self._numbers[0], value) for value in told)]
+        self._unread.append((self.step, self.ranks.total(torch.stack(own))))
+
+    def _read_numbers(self, begun: float, leave: int = 0) -> tuple[int, bool, bool]:
+        """Note the numbers of all steps but the last `leave`; returns the signal that came or 0, whether a checkpoint is due, and whether
+        a process cannot have its next batch."""
+        signum, due, fault = 0, False, False
+        while len(self._unread) > leave:
+            step, numbers = self._unread.popleft()
+            loss, norm, signum, due, fault = numbers.tolist()  # waits for the device: once a step
+            self._check(step - 1, loss, norm)
+            if not math.isfinite(norm) and self.ranks.first:
+                self.log.write(f"step {step}: its gradient overflows float16 and changes no weights; the loss is scaled down")
+            self.losses.append(loss)
+            self.seconds = time.perf_counter() - begun
+            for callback in self.callbacks:
+                callback.on_step(step, {"loss": loss})
+        return int(signum), bool(due), bool(fault)
 
     def _log_unreadable(self) -> None:
         for path, reason in list(self.source.unreadable.items())[self._unreadable_logged :]:
@@ -253,14 +300,21 @@ class Pretraining:
             "seconds": self.seconds,
             "images": self.source.fingerprint,
             "versions": {"torch": str(torch.__version__)},
+            **self._scaling(),
         }
+
+    def _scaling(self) -> dict[str, Any]:
+        """What float16 adds to a checkpoint: the scaler's state, and the steps whose update was left out; nothing without it."""
+        updates = next((int(state["step"]) for state in self.optimizer.state.values() if state), self.step)
+        found = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+        return found | ({"skipped": self.step - updates} if updates < self.step else {})
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def _set_moments(self, moments: dict[str, dict[str, Tensor]]) -> None:
+    def _set_moments(self, moments: dict[str, dict[str, Tensor]], updates: int) -> None:
         for name, p in self._trained().items():
-            count = torch.tensor(float(self.step), device=self.device)
+            count = torch.tensor(float(updates), device=self.device)
             self.optimizer.state[p] = {"step": count} | {kind: spread_like(moments[kind][name], p) for kind in MOMENTS}
 
 

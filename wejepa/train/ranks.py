@@ -72,9 +72,13 @@ class Ranks:
         """Each value summed over the processes: one small collective."""
         if self.world == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        return self.total(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def total(self, values: Tensor) -> Tensor:
+        """Values on the device summed over the processes, in place; nobody waits for the device."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
 
     def from_first(self, value: Any) -> Any:
         """The first process's value, in every process."""
@@ -143,17 +147,26 @@ def _meet(backend: str) -> None:
         store.add("wejepa/start", 1)
 
 
-def shard(model: IJEPA_base, ranks: Ranks) -> None:
-    """Spread each block's weights over the processes, in place; they are gathered when the block computes, and let go of after it."""
+def shard(model: IJEPA_base, ranks: Ranks, dtype: torch.dtype = torch.float32) -> None:
+    """Spread each block's weights over the processes, in place; they are gathered when the block computes, and let go of after it.
+
+    Args:
+        model: its weights stay float32 where they lie.
+        ranks: the processes.
+        dtype: what the blocks' weights are gathered in: with bfloat16 half as many bytes travel, and the blocks compute under autocast, so
+            that all that lies between their matrix products stays float32. Gradients are summed in float32.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # It warns that nothing may be added in place to what a module returns; nothing is.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = half if dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for part in (model.student_encoder, model.predictor, model.teacher_encoder):
         for block in part.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         # Also for the parts themselves: the teacher has no backward pass that would let go of a copy that its update makes stale.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
