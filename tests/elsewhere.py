@@ -1,24 +1,22 @@
-"""Make-believe CUDA, for tests of code that must not mix devices: on a machine without a GPU, tensors that say they are on one and compute.
+"""A make-believe accelerator, for tests of code that must not mix devices: its tensors say they are elsewhere, and compute all the same.
 
 `torch._subclasses.FakeTensorMode` follows shapes and devices alone. These follow the numbers as well, so what they pass through may look at
-values, hand them to numpy and draw them; and it must give what it gives on the CPU, to the bit.
+values, hand them to numpy and draw them, and it must give what it gives on the CPU. The device's name is "meta", which needs no hardware.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+READ = []  # the operations that have waited for numbers from there
 THERE, CPU = torch.device("meta"), torch.device("cpu")
 
 
 class Elsewhere(Tensor):
-    """A tensor that says it is on a GPU, and has its numbers on the CPU."""
+    """A tensor that says it is elsewhere, and has its numbers here."""
 
     @staticmethod
     def __new__(cls, here: Tensor):
@@ -31,7 +29,8 @@ class Elsewhere(Tensor):
         return f"Elsewhere({self.here})"
 
     def __deepcopy__(self, memo) -> Tensor:
-        return self.clone()
+        copy = Elsewhere(self.here.clone())
+        return nn.Parameter(copy, self.requires_grad) if isinstance(self, nn.Parameter) else copy
 
     def tolist(self):
         return self.cpu().tolist()
@@ -42,7 +41,7 @@ class Elsewhere(Tensor):
 
 
 class Machine(TorchDispatchMode):
-    """Within it, what is made on "cuda" or sent there is `Elsewhere`."""
+    """A machine with the accelerator: within it, what is made on "meta" or sent there is `Elsewhere`."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return run(function, args, kwargs or {})
@@ -59,6 +58,8 @@ def run(function, args, kwargs):
             if not isinstance(x, Elsewhere) and x.dim() > 0:
                 raise RuntimeError(f"{function}: expected all tensors to be on the same device, but found two")
     wanted = kwargs.get("device")
+    if there and (function is torch.ops.aten._local_scalar_dense.default or (wanted is not None and torch.device(wanted) == CPU)):
+        READ.append(function)
     if wanted is not None:
         there = torch.device(wanted).type == THERE.type
         kwargs = {**kwargs, "device": CPU}
@@ -71,20 +72,11 @@ def run(function, args, kwargs):
             return own[id(x)]
         return Elsewhere(x) if there else x
 
-    if function is torch.ops.aten._pin_memory.default:
-        there = False
     return tree_map_only(Tensor, outside, result)
 
 
-@contextmanager
-def make_believe_cuda() -> Iterator[None]:
-    """A machine with a GPU: what is made on "cuda" or sent there is `Elsewhere`."""
-    with Machine():
-        yield
-
-
 def sent_elsewhere(model: nn.Module) -> nn.Module:
-    """A model in evaluation mode, moved to the GPU in place."""
+    """A model, moved there in place."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
