@@ -14,8 +14,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
+from wejepa import devices
 from wejepa.config import (
     DataConfig,
     HardwareConfig,
@@ -27,7 +29,7 @@ from wejepa.config import (
     default_config,
 )
 from wejepa.errors import CheckpointError
-from wejepa.model import IJepaLoss
+from wejepa.model import Block, IJepaLoss
 from wejepa.train import checkpoints, sharded
 from wejepa.train.folder import CheckpointFolder
 from wejepa.train.lock import LOCK
@@ -74,6 +76,24 @@ def train(cfg: IJepaConfig, resume=None, break_synchronisation=False) -> dict:
         "same_weights": same,
         "weights": flat.tolist(),
     }
+
+
+@contextlib.contextmanager
+def heard(types: set[str]):
+    """Note the types in which a block has its matrices as it computes, and gives its tokens."""
+    mlp, block = nn.Sequential.forward, Block.forward
+
+    def noted_weights(layers, x):
+        types.add(f"weights {layers[0].weight.dtype}")
+        return mlp(layers, x)
+
+    def noted_tokens(self, x, skip=0):
+        result = block(self, x, skip)
+        types.add(f"tokens {result.dtype}")
+        return result
+
+    with mock.patch.object(nn.Sequential, "forward", noted_weights), mock.patch.object(Block, "forward", noted_tokens):
+        yield
 
 
 def twelve_config(output: Path) -> IJepaConfig:
@@ -158,6 +178,11 @@ def main(folder: Path) -> None:
     cfg.hardware.shard_model = True
     cfg.hardware.checkpoint_every, cfg.hardware.keep_checkpoints = 1, 5
     results["sharded"] = train(cfg)
+    cfg = tiny_config(folder / "sharded in bfloat16")
+    cfg.hardware.shard_model, cfg.hardware.mixed_precision = True, True
+    types = set()
+    with mock.patch.object(devices, "computes_bfloat16", lambda device: True), heard(types):
+        results["sharded in bfloat16"] = train(cfg) | {"types": sorted(types)}
     cfg = tiny_config(folder / "slowly written")  # its one checkpoint is not there yet when the other process looks for it
     cfg.hardware.shard_model = True
     with mock.patch.object(CheckpointFolder, "save", slow_save):

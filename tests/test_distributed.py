@@ -92,6 +92,14 @@ def test_a_sharded_run_resumes_to_the_same_weights(together):
     assert together["resumed sharded"]["weights"] == together["sharded"]["weights"]
 
 
+def test_sharded_weights_travel_in_bfloat16_and_are_kept_and_summed_in_float32(together, alone):
+    run = together["sharded in bfloat16"]
+    assert run["types"] == ["tokens torch.float32", "weights torch.bfloat16"] and run["same_weights"]
+    assert 1e-6 < relative_difference(run["losses"], alone["losses"]) < 0.02
+    state = load_checkpoint(together["folder"] / "sharded in bfloat16" / "latest.pt")
+    assert all(value.dtype == torch.float32 for value in [*state["model"].values(), *state["moments"]["exp_avg"].values()])
+
+
 def test_a_checkpoint_does_not_know_how_many_processes_wrote_it(together, alone):
     """Written by two processes that shared the weights, each its part, resumed by one that holds them all; and the other way round."""
     cfg = tiny_config(together["folder"] / "sharded")

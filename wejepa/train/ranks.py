@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wejepa.errors import ConfigError, WejepaError
-from wejepa.model import IJEPA_base, IJepaLoss
+from wejepa.model import Block, IJEPA_base, IJepaLoss
 
 __all__ = ["Ranks", "gathered", "is_spread", "own_part", "shard", "spread_like"]
 
@@ -153,8 +153,8 @@ def shard(model: IJEPA_base, ranks: Ranks, dtype: torch.dtype = torch.float32) -
     Args:
         model: its weights stay float32 where they lie.
         ranks: the processes.
-        dtype: what the blocks' weights are gathered in: with bfloat16 half as many bytes travel, and the blocks compute under autocast, so
-            that all that lies between their matrix products stays float32. Gradients are summed in float32.
+        dtype: with bfloat16, the matrices of transformer blocks are gathered in it: half as many bytes travel. They compute under autocast
+            only, so that all between them stays float32, and their gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -163,10 +163,12 @@ def shard(model: IJEPA_base, ranks: Ranks, dtype: torch.dtype = torch.float32) -
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    policy = half if dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for part in (model.student_encoder, model.predictor, model.teacher_encoder):
         for block in part.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+            if dtype == torch.bfloat16 and isinstance(block, Block):  # a norm's weights stay float32
+                for matrices in (block.attn, block.mlp):
+                    fully_shard(matrices, mesh=mesh, reshard_after_forward=True, mp_policy=half)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
         # Also for the parts themselves: the teacher has no backward pass that would let go of a copy that its update makes stale.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
