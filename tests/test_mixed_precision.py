@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import signal
+from itertools import islice
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from wejepa.errors import CheckpointError, TrainingError
 from wejepa.train import loop
 from wejepa.train.callbacks import Callback
 from wejepa.train.checkpoints import MOMENTS, load_checkpoint, save_checkpoint
-from wejepa.train.interruption import RunInterrupted
+from wejepa.train.interruption import RunInterrupted, RunStopped
 from wejepa.train.loop import Pretraining
 
 HALF = STEPS // 2  # an epoch
@@ -261,3 +262,17 @@ def test_a_loss_that_is_no_number_is_told_of_a_step_later(cfg):
         run.run()
     assert run.step == 2 and all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
     assert not run.checkpoints.latest.exists()
+
+
+@pytest.mark.parametrize("make", [Pretraining, late])
+def test_a_batch_that_cannot_be_had_ends_the_run_after_the_last_one_that_can(cfg, monkeypatch, make):
+    def four(*arguments, batches=loop.training_batches, **more):
+        yield from islice(batches(*arguments, **more), 4)
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loop, "training_batches", four)
+    run = make(cfg)
+    with pytest.raises(RunStopped, match="the disk is gone"):
+        run.run()
+    state = load_checkpoint(run.checkpoints.latest)
+    assert state["step"] == len(state["losses"]) == 4
