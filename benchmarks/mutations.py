@@ -235,8 +235,15 @@ MUTATIONS = (
     Mutation(
         "workers hear SIGTERM",
         "wejepa/data/workers.py",
-        "worker_init_fn=_ignore_signals",
-        "worker_init_fn=None",
+        "signal.signal(signum, signal.SIG_IGN)",
+        "signal.signal(signum, signal.SIG_DFL)",
+        ("test_stops.py::test_sigterm_to_the_group_loses_nothing",),
+    ),
+    Mutation(
+        "workers hear SIGTERM while they start",
+        "wejepa/data/workers.py",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, ())",
         ("test_stops.py::test_sigterm_to_the_group_loses_nothing",),
     ),
     Mutation(
