@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from wejepa.config import IJepaConfig
 from wejepa.errors import CheckpointError, ConfigError
 from wejepa.train.checkpoints import load_checkpoint
 from wejepa.train.loop import Pretraining
+from wejepa.train.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -262,6 +264,67 @@ def test_a_restarted_job_goes_on_by_itself_to_the_same_weights(tmp_path, undistu
     assert job.wait(120) == 0, output_of(cfg)
     assert "going on from" in output_of(cfg)
     assert_same_run(cfg, undisturbed)
+
+
+DEADLY = """
+import os, signal, sys
+from pathlib import Path
+from wejepa.train.loop import Pretraining
+from wejepa.train.pretrain import main
+
+step = Pretraining.train_step
+
+def watched(run, images):
+    marker = run.output.with_name("killed")
+    if run.ranks.rank == 1 and run.step == 11 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if run.ranks.first:
+        with open(run.output.with_name("steps"), "a") as file:
+            file.write(f"{run.step} ")
+    return step(run, images)
+
+Pretraining.train_step = watched
+code = main(sys.argv[1:])
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
+def test_a_restarted_job_goes_on_from_its_newest_checkpoint_not_from_where_it_was_told_to_begin(tmp_path):
+    """The folder holds newer checkpoints of another job, which are not this one's; those that it writes itself are."""
+    cfg = tiny_config(tmp_path / "run")
+    cfg.hardware.checkpoint_minutes, cfg.hardware.keep_checkpoints = 1e-9, 100
+    train(cfg)
+    shutil.copy(tmp_path / "run" / "latest.pt", tmp_path / "whole.pt")
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    (tmp_path / "config.json").write_text(json.dumps(cfg.to_dict()))
+    arguments = ["--config", tmp_path / "config.json", "--resume", tmp_path / "run" / "step_00000004.pt"]
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=2", tmp_path / "deadly.py", *arguments]
+    done = subprocess.run([*TORCHRUN, *map(str, options)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    steps = [int(number) for number in (tmp_path / "steps").read_text().split()]
+    begun_anew = steps.index(11, steps.index(11) + 1) if steps.count(11) > 1 else steps.index(11)
+    assert steps[:begun_anew] in ([*range(4, 11)], [*range(4, 12)]) and steps[begun_anew:] == [*range(11, STEPS)]
+    assert "step_00000004.pt at step 4" in done.stdout and "step_00000011.pt at step 11" in done.stdout
+    assert [path.name for path in (tmp_path / "run").glob("earlier-*")] == ["earlier-1"]
+    losses = [[e["loss"] for e in load_checkpoint(path)["history"]] for path in (tmp_path / "run" / "latest.pt", tmp_path / "whole.pt")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # those before were one process's, which adds up in another order
+
+
+@pytest.mark.parametrize(("written_by", "elsewhere", "expected"), [("this", False, 20), ("another", False, 10), ("this", True, 10)])
+def test_after_a_restart_only_the_jobs_own_checkpoints_count(tmp_path, monkeypatch, written_by, elsewhere, expected):
+    cfg = tiny_config(tmp_path / "run")
+    cfg.hardware.checkpoint_every = 1
+    monkeypatch.setattr(Ranks, "join", lambda device: Ranks(0, 1, device, job=written_by))
+    train(cfg)
+    path = tmp_path / "run" / f"step_{STEPS // 2:08d}.pt"
+    if elsewhere:  # the job has begun here, and died before its first checkpoint
+        for name in ("latest.pt", f"step_{STEPS:08d}.pt"):
+            (tmp_path / "run" / name).unlink()
+        path = path.rename(tmp_path / "elsewhere.pt")
+    monkeypatch.setattr(Ranks, "join", lambda device: Ranks(0, 1, device, job="this", restarted=True))
+    assert Pretraining(cfg, resume=path).step == expected
 
 
 def test_a_job_that_is_told_to_stop_can_be_resumed(tmp_path, undisturbed):

@@ -197,14 +197,15 @@ def _step_of(path: Path) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
-def about_run(cfg: IJepaConfig) -> dict[str, Any]:
-    """What a folder's run.json, and its lock, tell of a run: the process that began it, the host, the time, and the config."""
+def about_run(cfg: IJepaConfig, job: str | None = None) -> dict[str, Any]:
+    """What a folder's run.json, and its lock, tell of a run: the process that began it, host, time, job, and config."""
     images = "fake data" if cfg.data.use_fake_data else f"data.dataset = {cfg.data.dataset!r}"
     return {
         "process": os.getpid(),
         "host": socket.gethostname(),
         "since": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         "run": f"{images}, {cfg.optimizer.epochs} epochs",
+        "job": job,
         "config": cfg.to_dict(),
     }
 
@@ -215,7 +216,8 @@ def resume_from(
     """Lock the output folder, choose the checkpoint to go on from, and make the folder ready. Every process of the run calls it.
 
     Args:
-        resume: a checkpoint; "auto" for the newest good one in the folder, if any; None to start afresh.
+        resume: a checkpoint; "auto" for the newest good one in the folder, if any; None to start afresh. All three hold for a job's first
+            start; after a restart by torchrun it goes on from the newest that it has written.
         folder: the run's output folder.
         expected: what the checkpoint must agree with.
         ranks: the run's processes.
@@ -227,14 +229,16 @@ def resume_from(
     Raises:
         CheckpointError: another process trains there; or the checkpoint, or every one that is there, cannot be resumed. In all processes.
     """
-    about = about_run(expected.cfg)
+    about = about_run(expected.cfg, ranks.job)
 
-    def asked_for() -> tuple[list[Path], str | None]:
+    def asked_for() -> tuple[str | Path | None, list[Path], str | None]:
         without_locks = folder.lock.take(about)
-        found = folder.newest_first() if resume == "auto" else [] if resume is None else [Path(resume)]
-        return found, without_locks
+        # A job that torchrun has started anew goes on from what it has written itself.
+        own = ranks.restarted and folder.about().get("job") == ranks.job and folder.newest_first()
+        asked = "auto" if own else resume
+        return asked, folder.newest_first() if asked == "auto" else [] if asked is None else [Path(asked)], without_locks
 
-    paths, without_locks = ranks.once(asked_for)
+    resume, paths, without_locks = ranks.once(asked_for)
     path, state, notes = None, None, []
     for path in paths:
         try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wejepa.config import IJepaConfig
-from wejepa.data import Ahead, deaths_wait, load_images, steps_per_epoch, training_batches
+from wejepa.data import Ahead, FolderImages, MemoryImages, deaths_wait, load_images, steps_per_epoch, training_batches
 from wejepa.devices import autocast, pick_device, precision, to_device
 from wejepa.errors import ConfigError, TrainingError, WejepaError
 from wejepa.masking import Masks, sample_block_masks
@@ -52,7 +52,8 @@ class Pretraining:
         self.ranks = Ranks.join(pick_device(cfg.hardware.device))
         self.device = self.ranks.device
         check_parts(cfg, self.ranks)
-        self.source = load_images(cfg, "train")
+        with self.ranks.naming_lost_ones():
+            self.source = load_once_per_node(cfg, self.ranks)
         self.steps_per_epoch = steps_per_epoch(self.source, cfg)
         self.schedule = Schedule(cfg.optimizer, self.steps_per_epoch)
         h, self.output = cfg.hardware, Path(cfg.hardware.output_dir)
@@ -67,7 +68,8 @@ class Pretraining:
 
         weakref.finalize(self, self.checkpoints.lock.release)
         try:
-            self._begin(resume)
+            with self.ranks.naming_lost_ones():
+                self._begin(resume)
         except BaseException:
             self.checkpoints.lock.release()
             raise
@@ -168,11 +170,12 @@ class Pretraining:
         Raises:
             RunInterrupted: a signal came.
             RunStopped: a process that decodes died, or too many files cannot be read; the checkpoint of the last whole step is written.
-            TrainingError: the loss or the gradient is no longer finite; the last checkpoint is from before.
+            TrainingError: the loss or the gradient is no longer finite, or another process has ended; the last checkpoint is from before.
             CheckpointError: one could not be written; or, where the object has run before, another run has taken the folder since.
         """
         try:
-            return self._run()
+            with self.ranks.naming_lost_ones():
+                return self._run()
         finally:
             self.checkpoints.lock.release()
 
@@ -274,8 +277,8 @@ class Pretraining:
         """Write a checkpoint; every process calls this, and with a sharded model each writes its own part."""
         if self.cfg.hardware.shard_model:
             self.checkpoints.save(self.state(), self.ranks)
-        elif self.ranks.first:
-            self.checkpoints.save(self.state())
+        else:
+            self.ranks.once(lambda: self.checkpoints.save(self.state()))  # where it cannot be written, all processes hear of it
         self._saved_at = time.monotonic()
 
     def _is_due(self) -> bool:
@@ -316,6 +319,21 @@ class Pretraining:
         for name, p in self._trained().items():
             count = torch.tensor(float(updates), device=self.device)
             self.optimizer.state[p] = {"step": count} | {kind: spread_like(moments[kind][name], p) for kind in MOMENTS}
+
+
+def load_once_per_node(cfg: IJepaConfig, ranks: Ranks) -> MemoryImages | FolderImages:
+    """The training images, for each process. The first process of a machine downloads or lists them while its others wait.
+
+    A list of files is handed on; images in memory, and rows, are read by each process from what is there by then.
+    """
+    own = []
+
+    def first() -> FolderImages | None:
+        own.append(load_images(cfg, "train"))
+        return own[0] if type(own[0]) is FolderImages else None
+
+    listed = ranks.once_per_node(first)
+    return ranks.together(lambda: own[0] if own else listed if listed is not None else load_images(cfg, "train"))
 
 
 def check_parts(cfg: IJepaConfig, ranks: Ranks) -> None:

@@ -3,7 +3,7 @@
     python -m wejepa.train.pretrain --set optimizer.epochs=5 --set data.dataset=cifar10
     python -m wejepa.train.pretrain --config my.json --resume auto
     python -m wejepa.train.pretrain --print-config > my.json
-    torchrun --nproc-per-node=2 -m wejepa.train.pretrain --config my.json
+    torchrun --nproc-per-node=2 -m wejepa.train.pretrain --config my.json      # or srun, or another launcher: see launchers.py
 
 Exit codes: 0 done; 2 refused, with one line that says what to do; 130 (SIGINT) or 143 (SIGTERM) interrupted, with a checkpoint written:
 the same command with --resume auto goes on from it. torch is imported when training starts, so that a config is printed or refused at once.
@@ -12,6 +12,7 @@ the same command with --resume auto goes on from it. torch is imported when trai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from wejepa.config import IJepaConfig, parse_override
 from wejepa.errors import ConfigError, WejepaError
 from wejepa.presets import PRESETS
+from wejepa.train.launchers import launched
 
 if TYPE_CHECKING:
     from wejepa.model import IJEPA_base
@@ -56,7 +58,8 @@ def launch_pretraining(cfg: IJepaConfig, resume: str | Path | None = None) -> Pr
         resume: a checkpoint to go on from; "auto" for the newest good one in `hardware.output_dir`, if any; None to start afresh,
             which moves what an earlier run has left there into a folder earlier-1, -2, ... in it.
 
-    Under torchrun each process calls this; `data.train_batch_size` is what they all take together.
+    With several processes (torchrun, srun and others, see `wejepa.train.launchers`) each calls this; `data.train_batch_size` is what they
+    all take together. After a restart by torchrun the run goes on from the newest checkpoint that the job has written, whatever `resume`.
 
     Raises:
         ConfigError, DataError, CheckpointError, TrainingError: each with one line that says what to do.
@@ -137,22 +140,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint in the output folder, or from one")
     parser.add_argument("--print-config", action="store_true", help="print the config as JSON and stop")
     args = parser.parse_args(argv)
-    rank = int(os.environ.get("RANK", 0))
-    # A job that torchrun has started anew goes on by itself.
-    resume = args.resume or ("auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None)
+    launch, rank = None, 0
     try:
+        launch = launched()
+        rank = launch.rank if launch else 0
         cfg = config_from_arguments(args)
         if args.print_config:
             print(json.dumps(cfg.to_dict(), indent=2))
             return 0
         if rank == 0:
             print(cfg.summary(), flush=True)
-        result = launch_pretraining(cfg, resume)
+        result = launch_pretraining(cfg, args.resume)
         if rank == 0:
             print(f"checkpoint {result.checkpoint}")
         return 0
     except WejepaError as error:
-        where = f"[rank {rank}] " if "RANK" in os.environ else ""
+        where = f"[rank {rank}] " if launch else ""
         print(f"{where}{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -163,10 +166,11 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Everything is on the disk. The interpreter's end would take gloo's threads apart in any order, and a finished job now and then
-        # ends with "terminate called without an active exception", which torchrun takes for a failure.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    with contextlib.suppress(ConfigError):
+        if launched():
+            # Everything is on the disk. The interpreter's end would take gloo's threads apart in any order, and a finished job now and then
+            # ends with "terminate called without an active exception", which torchrun takes for a failure.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""One run on several processes, as torchrun starts them.
+"""One run on several processes, as torchrun, srun or another launcher starts them.
 
 Every process holds the model and computes the loss of its share of each batch; gradients are averaged in the backward pass, so all
 processes make the same update. Or, with `hardware.shard_model`, each holds a share of every weight as well (FSDP2).
@@ -6,9 +6,13 @@ processes make the same update. Or, with `hardware.shard_model`, each holds a sh
 
 from __future__ import annotations
 
-import os
+import contextlib
+import datetime
+import functools
+import socket
+import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,12 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wejepa.errors import ConfigError, WejepaError
+from wejepa.errors import ConfigError, TrainingError, WejepaError
 from wejepa.model import Block, IJEPA_base, IJepaLoss
+from wejepa.train.launchers import Launch, launched
 
 __all__ = ["Ranks", "gathered", "is_spread", "own_part", "shard", "spread_like"]
 
 T = TypeVar("T")
+TO_MEET = datetime.timedelta(minutes=10)
+AS_LONG_AS_IT_TAKES = datetime.timedelta(days=1)  # a download, or the listing of a large folder; a process that dies is noticed at once
 
 
 @dataclass(frozen=True)
@@ -32,36 +39,54 @@ class Ranks:
         rank: its number, from 0.
         world: how many there are.
         device: what it computes on.
+        node: the processes on its machine, the first of them first.
+        job: a name of the whole job, the same after a restart by torchrun; None for a single process.
+        restarted: processes of the same job have been here before: torchrun has started it anew.
     """
 
     rank: int
     world: int
     device: torch.device
+    node: tuple[int, ...] = (0,)
+    job: str | None = None
+    restarted: bool = False
+    _waiting: Any = None  # groups that wait as long as it takes: for all processes, and for those of this machine
+    _waiting_on_node: Any = None
 
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
-        """Meet the other processes if torchrun started this one, else be alone.
+        """Meet the other processes of this run, if it was started with any, else be alone; see `wejepa.train.launchers`.
 
         Args:
             device: of the kind to compute on; on "cuda" each process takes the GPU of its local rank.
 
         Raises:
-            ConfigError: a machine has more processes than GPUs.
+            ConfigError: variables that do not fit together, processes that do not meet, or more of them on a machine than GPUs.
         """
-        if "TORCHELASTIC_RUN_ID" not in os.environ and not dist.is_initialized():
+        launch, job, restarted = launched(), None, False
+        if launch is None and not dist.is_initialized():
             return cls(0, 1, device)
-        if device.type == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            if local >= torch.cuda.device_count():
-                raise ConfigError(
-                    f"--nproc-per-node is more than this machine's {torch.cuda.device_count()} GPUs: make it smaller, "
-                    "or set hardware.device to cpu"
-                )
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            _meet("nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        local = launch.local_rank if launch else None
+        if device.type == "cuda" and local is not None:
+            device = _gpu(local)  # refused before anyone waits
+        if dist.is_initialized():  # by our caller, who has chosen the GPU as well
+            device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+            hosts = [None] * dist.get_world_size()
+            dist.all_gather_object(hosts, socket.gethostname())
+        else:
+            store, job, start, restarted = _meet(launch)
+            hosts = _hosts(launch, store)
+            if device.type == "cuda" and local is None:
+                device = _gpu(hosts[: launch.rank].count(hosts[launch.rank]))
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world)
+            start()
+        rank, world = dist.get_rank(), dist.get_world_size()
+        everyone = dist.new_group(backend="gloo", timeout=AS_LONG_AS_IT_TAKES)
+        nodes = {host: [r for r in range(world) if hosts[r] == host] for host in hosts}
+        groups = {host: dist.new_group(of, backend="gloo", timeout=AS_LONG_AS_IT_TAKES) for host, of in nodes.items()}
+        mine = hosts[rank]
+        return cls(rank, world, device, tuple(nodes[mine]), job, restarted, everyone, groups[mine])
 
     @property
     def first(self) -> bool:
@@ -93,7 +118,7 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._waiting)
         return values
 
     def together(self, function: Callable[[], T]) -> T:
@@ -117,6 +142,28 @@ class Ranks:
         """What the function gives in the first process, in every process; the others do not call it. Its error is raised in all."""
         return self.from_first(self.together(function if self.first else lambda: None))
 
+    def once_per_node(self, function: Callable[[], T]) -> T:
+        """What the function gives in the first process of each machine, in all of that machine; an error of any is raised in all."""
+        result = self.together(function if self.rank == self.node[0] else lambda: None)
+        if len(self.node) == 1:
+            return result
+        box = [result]
+        dist.broadcast_object_list(box, src=self.node[0], group=self._waiting_on_node)
+        return box[0]
+
+    @contextlib.contextmanager
+    def naming_lost_ones(self) -> Iterator[None]:
+        """Make the error about a process that can no longer be reached a `TrainingError`."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise TrainingError(
+                f"another process of the run has ended, or cannot be reached ({str(error).splitlines()[0]}): its own last lines say why; "
+                f"start all again with --resume auto"
+            ) from error
+
     def leave(self) -> None:
         """Part from the other processes, all of them at the same point.
 
@@ -134,17 +181,64 @@ class Ranks:
         return nn.parallel.DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def _meet(backend: str) -> None:
-    """Join the group, under names of its own for each start of the job.
+def _meet(launch: Launch) -> tuple[dist.Store, str, Callable[[], None], bool]:
+    """Meet in a store: under names of its own for each start of the job, which has one name for all its starts.
 
     torchrun keeps one store over restarts: under the same names the processes would find the addresses of those that died, and wait.
+
+    Returns:
+        The store; the job's name; what to call when the group is there; and whether other processes have met there before these.
     """
-    store, rank, world = next(dist.rendezvous("env://"))
+    global _meetings
+    store = next(dist.rendezvous("env://"))[0] if launch.torchrun else _store_at(launch)
+    job = store.compare_set("wejepa/job", "", uuid.uuid4().hex).decode()
     start = store.add("wejepa/start", 0)
-    dist.init_process_group(backend, store=dist.PrefixStore(f"wejepa/{start}", store), rank=rank, world_size=world)
-    dist.barrier()  # all have read the number
-    if rank == 0:
-        store.add("wejepa/start", 1)
+    restarted = start > _meetings
+    _meetings += 1
+
+    def met() -> None:
+        dist.barrier()  # all have read the number
+        if launch.rank == 0:
+            store.add("wejepa/start", 1)
+
+    return dist.PrefixStore(f"wejepa/{start}", store), job, met, restarted
+
+
+_meetings = 0  # of this process
+
+
+@functools.cache  # one for the life of the process, as torchrun keeps one: a second run of the same processes meets there too
+def _store_at(launch: Launch) -> dist.Store:
+    """The meeting place that the variables name, on the machine of the first process, once all are there."""
+    if launch.rank == 0:
+        print(f"waiting for {launch.world} processes at {launch.address}:{launch.port}", flush=True)
+    try:
+        return dist.TCPStore(launch.address, launch.port, launch.world, launch.rank == 0, timeout=TO_MEET, wait_for_workers=True)
+    except RuntimeError as error:  # of the store's own kinds, which are RuntimeErrors
+        raise ConfigError(
+            f"{launch.world} processes do not meet at {launch.address}, port {launch.port} ({str(error).splitlines()[0]}): start them all, "
+            f"each with a RANK of its own; MASTER_ADDR must be the machine of rank 0, and MASTER_PORT free there"
+        ) from error
+
+
+def _hosts(launch: Launch, store: dist.Store) -> list[str]:
+    """The name of each process's machine."""
+    if store.add(f"rank {launch.rank}", 1) > 1:
+        raise ConfigError(f"RANK = {launch.rank} was given to two processes of {launch.world}: give each a RANK of its own")
+    store.set(f"host {launch.rank}", socket.gethostname())
+    return [host.decode() for host in store.multi_get([f"host {rank}" for rank in range(launch.world)])]
+
+
+def _gpu(local_rank: int) -> torch.device:
+    """The GPU of a process, for everything it does from now on."""
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"this machine has {torch.cuda.device_count()} GPUs for more processes than that (--nproc-per-node, --ntasks-per-node): "
+            f"start fewer, or set hardware.device to cpu"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def shard(model: IJEPA_base, ranks: Ranks, dtype: torch.dtype = torch.float32) -> None:
