@@ -203,7 +203,7 @@ def about_run(cfg: IJepaConfig, job: str | None = None) -> dict[str, Any]:
     return {
         "process": os.getpid(),
         "host": socket.gethostname(),
-        "since": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "since": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="milliseconds"),
         "run": f"{images}, {cfg.optimizer.epochs} epochs",
         "job": job,
         "config": cfg.to_dict(),
