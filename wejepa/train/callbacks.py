@@ -34,7 +34,7 @@ class Callback:
     """Called as a run goes; each method does nothing unless it is overridden."""
 
     def on_step(self, step: int, numbers: dict[str, float]) -> None:
-        """After update number `step`, counted from 1, on every process."""
+        """After update number `step`, counted from 1, on every process; on an accelerator the next update is under way by then."""
 
     def on_epoch(self, entry: dict[str, Any]) -> None:
         """After an epoch, with its line of the history, on the first process."""
