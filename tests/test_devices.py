@@ -72,6 +72,13 @@ def test_a_device_that_is_not_here_is_refused_by_its_settings_name(cfg):
         load_model("no such file", "nowhere")
 
 
+@pytest.fixture
+def own_precision(monkeypatch):
+    """The devices' own, also where the tests are run in float32."""
+    monkeypatch.delenv("WEJEPA_MIXED_PRECISION", raising=False)
+
+
+@pytest.mark.usefixtures("own_precision")
 @pytest.mark.parametrize(
     ("kind", "native", "wanted"),
     [("cuda", True, torch.bfloat16), ("cuda", False, torch.float16), ("mps", False, torch.float16)],
@@ -85,13 +92,17 @@ def test_bfloat16_where_it_is_native_and_float16_on_other_gpus(monkeypatch, kind
     assert devices.precision(device, False) == torch.float32
 
 
+@pytest.mark.usefixtures("own_precision")
 @pytest.mark.parametrize("native", [True, False])
 def test_a_cpu_computes_in_bfloat16_or_in_float32(monkeypatch, native):
     monkeypatch.setattr(devices, "computes_bfloat16", lambda device: native)
     assert devices.precision(CPU, True) == (torch.bfloat16 if native else torch.float32)
     assert devices.precision(CPU, False) == torch.float32
+    monkeypatch.setenv("WEJEPA_MIXED_PRECISION", "0")
+    assert devices.precision(CPU, True) == torch.float32
 
 
+@pytest.mark.usefixtures("own_precision")
 def test_features_are_computed_in_the_configs_precision(cfg, monkeypatch):
     monkeypatch.setattr(devices, "computes_bfloat16", lambda device: True)
     model, source, seen = IJEPA_base(cfg), load_images(cfg), []

@@ -111,6 +111,7 @@ def test_the_loss_falls_where_the_targets_stand_still(cfg):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_where_it_is_native_and_float32_elsewhere(cfg, monkeypatch, native):
+    monkeypatch.delenv("WEJEPA_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(devices, "computes_bfloat16", lambda device: native)
     cfg.hardware.mixed_precision, cfg.optimizer.epochs = True, 2
     run, seen = Pretraining(cfg), set()

@@ -7,6 +7,7 @@ on the CPU. So sources and figures know of no device, and a model may be on any.
 from __future__ import annotations
 
 import contextlib
+import os
 
 import torch
 from torch import Tensor
@@ -37,9 +38,8 @@ def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices natively; where it only emulates them they are slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if (
-        device.type != "cpu" or "AVX512" not in torch.backends.cpu.get_cpu_capability()
-    ):  # the processor's, or less where a user asks for less
+    capability = torch.backends.cpu.get_cpu_capability()  # less than the processor's where ATEN_CPU_CAPABILITY says so
+    if device.type != "cpu" or "AVX512" not in capability:
         return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -47,9 +47,10 @@ def computes_bfloat16(device: torch.device) -> bool:
 def precision(device: torch.device, mixed: bool) -> torch.dtype:
     """What matrices are multiplied in: if `mixed`, bfloat16 where it is native, else float16 on CUDA and MPS; otherwise float32.
 
-    float16 has so small a range that training must scale its loss.
+    float16 has so small a range that training must scale its loss. WEJEPA_MIXED_PRECISION=0 in the environment asks for float32 whatever a
+    config says, to see on this machine what one without bfloat16 computes.
     """
-    if not mixed:
+    if not mixed or os.environ.get("WEJEPA_MIXED_PRECISION") == "0":
         return torch.float32
     if computes_bfloat16(device):
         return torch.bfloat16
