@@ -202,8 +202,14 @@ class Claim:
         return mean / spread if spread else (float("inf") if mean >= 0 else float("-inf"))
 
 
-def claims(folder: Path = RESULTS) -> list[Claim]:
-    """Everything that was kept, merged: a comparison is known by its notebook and source."""
+def asserted() -> dict[str, set[str]]:
+    """For each notebook the sources of the comparisons that it asserts now."""
+    paths = (ROOT / "notebooks").glob("[0-9]*.ipynb")
+    return {path.stem: set(instrumented(nbformat.read(path, as_version=4))[1].values()) for path in paths}
+
+
+def claims(folder: Path = RESULTS, current: dict[str, set[str]] | None = None) -> list[Claim]:
+    """Everything that was kept, merged: a comparison is known by its notebook and source. Those not in `current` are left out, if given."""
     found: dict[tuple[str, str], list] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
@@ -212,6 +218,8 @@ def claims(folder: Path = RESULTS) -> list[Claim]:
             if row["text"] not in closest or row["margin"] < closest[row["text"]]["margin"]:
                 closest[row["text"]] = row
         for text, row in closest.items():
+            if current is not None and text not in current.get(result["notebook"], ()):
+                continue  # of an earlier version of the notebook
             found.setdefault((result["notebook"], text), []).append(row)
     return [
         Claim(
@@ -227,7 +235,7 @@ def claims(folder: Path = RESULTS) -> list[Claim]:
 
 def table(args) -> int:
     """Print the claims, the closest to their threshold first; exit code 1 where one is no claim."""
-    found = sorted(claims(), key=lambda claim: claim.deviations)
+    found = sorted(claims(current=asserted()), key=lambda claim: claim.deviations)
     print("| notebook | assertion | runs | left | right | smallest margin | deviations |\n|---|---|---:|---:|---:|---:|---:|")
     for claim in found:
         if claim.deviations <= args.under:

@@ -159,3 +159,4 @@ def test_a_margin_counts_in_deviations_over_the_runs_that_were_kept(tmp_path):
         (tmp_path / f"00-native-{seed}.json").write_text(json.dumps({"notebook": "00_tour", "margins": rows}))
     (claim,) = margins.claims(tmp_path)
     assert claim.margins == [1.0, 2.0, 3.0] and claim.deviations == 2.0 and claim.sides == (2.0, 0.0)
+    assert margins.claims(tmp_path, {"00_tour": {"a > 0"}}) == []  # the notebook says something else by now
