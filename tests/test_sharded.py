@@ -36,14 +36,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def run(tmp_path_factory) -> Pretraining:
     """A run after three steps."""
     run = Pretraining(tiny_config(tmp_path_factory.mktemp("run")))
-    run.losses = [run.train_step(torch.randn(8, 1, 16, 16)) for _ in range(3)]
+    run.losses = [float(run.train_step(torch.randn(8, 1, 16, 16))) for _ in range(3)]
     return run
 
 
 @pytest.fixture(scope="module")
 def state(run) -> dict:
     """Its state, with a key that this version does not know."""
-    return run.state() | {"scaler": {"scale": 65536.0}}
+    return run.state() | {"later": {"scale": 65536.0}}
 
 
 @pytest.fixture(scope="module")
