@@ -13,7 +13,7 @@ from wejepa.analysis.features import (
     run_tsne_projection,
     teacher_variance,
 )
-from wejepa.config import DataConfig, IJepaConfig, MaskConfig, ModelConfig
+from wejepa.config import DataConfig, IJepaConfig, MaskConfig, ModelConfig, adapt_config_for_backbone, default_config
 from wejepa.data import load_images
 from wejepa.errors import ConfigError
 from wejepa.model import IJEPA_base
@@ -80,6 +80,23 @@ def test_features_of_a_models_encoder(encoder, pooling):
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     some = extract_backbone_features(model, source, torch.tensor([5, 2]), encoder=encoder, pooling=pooling)
     torch.testing.assert_close(some, expected[[5, 2]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["vit", "resnet18"])
+def test_features_of_images_of_another_size(backbone):
+    cfg = tiny_config()
+    if backbone != "vit":
+        cfg = adapt_config_for_backbone(default_config(), backbone)
+        cfg.data = DataConfig(use_fake_data=True, fake_data_size=24)
+    larger = cfg.copy()
+    larger.model.img_size *= 2
+    torch.manual_seed(0)
+    model, source = IJEPA_base(cfg), load_images(larger)
+    grid = tuple(2 * n for n in cfg.grid_size)
+    with torch.no_grad():
+        tokens = model.eval().encode(next(source.batches(torch.arange(24), 24)))
+    features = extract_backbone_features(model, source, pooling="grid", batch_size=10)
+    torch.testing.assert_close(features, pool_tokens(tokens, grid, "grid"), rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- nearest neighbours

@@ -1,6 +1,7 @@
 """Weights from elsewhere and to elsewhere: the same numbers on both sides, and an error that names what does not fit."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,21 @@ def test_a_name_on_the_hub_that_cannot_be_had(monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match="facebook/ijepa_vith14_1k .* could not be downloaded .no route to host.: go online once"):
         from_huggingface("facebook/ijepa_vith14_1k")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["./ijepa", "../ijepa", "/nowhere/ijepa", "~/ijepa", "here/ijepa", "here/../ijepa", "x.pt", "runs/x.pt", "runs/model.safetensors"],
+)
+def test_the_hub_is_never_asked_for_a_path(tmp_path, monkeypatch, capsys, name):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: pytest.fail(f"the hub was asked for {name}"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(CheckpointError, match=f"there is no folder {name}: give one with config.json"):
+        from_huggingface(name)
+    assert main(["convert", name, str(tmp_path / "out.pt")]) == 2
+    assert "CheckpointError: " in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- Meta
@@ -377,6 +393,26 @@ def test_an_export_that_is_read_back_differently_is_refused(tmp_path, monkeypatc
     monkeypatch.setattr("safetensors.torch.load_file", lambda path: {k: v + 1e-3 for k, v in real(path).items()})
     with pytest.raises(CheckpointError, match="is read back differently"):
         export(small_model(), tmp_path / "out.safetensors")
+    for other in (lambda v: v * math.nan, lambda v: v.flatten()[:1], lambda v: v.flatten()):  # neither more nor less; broadcast; reshaped
+        monkeypatch.setattr("safetensors.torch.load_file", lambda path, other=other: {k: other(v) for k, v in real(path).items()})
+        with pytest.raises(CheckpointError, match="is read back differently"):
+            export(small_model(), tmp_path / "out.safetensors")
+
+
+def test_weights_that_are_no_numbers_are_not_exported(tmp_path):
+    model = small_model()
+    model.teacher_encoder.norm.weight.data[0] = math.nan
+    for name in ("out.safetensors", "out.pt2"):
+        with pytest.raises(CheckpointError, match="is read back differently"):
+            export(model, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["encoder_v1.0", "encoder", "made_before.onnx"])
+def test_a_folder_is_written_whatever_dots_are_in_its_name(tmp_path, name):
+    if name == "made_before.onnx":
+        (tmp_path / name).mkdir()
+    export(small_model(), tmp_path / name)
+    assert (tmp_path / name / "config.json").is_file()
 
 
 def test_exports_that_cannot_be_made_are_refused(tmp_path, monkeypatch):

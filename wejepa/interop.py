@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from wejepa.config import IJepaConfig, hf224_config
 from wejepa.errors import CheckpointError, ConfigError, exit_code
 from wejepa.model import Encoder, IJEPA_base, Predictor
+from wejepa.paths import path_of, print_line
 from wejepa.train.checkpoints import describe, first_fault, load_model, save_model
 
 __all__ = ["export", "from_huggingface", "from_meta", "to_huggingface"]
@@ -55,6 +56,7 @@ IN_MEMORY = (
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
+FILE = re.compile(r"\.(pt|pth|pt2|tar|bin|ckpt|onnx|safetensors|json)$")  # what a file of weights is called
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # of the published vision transformers, by their width
 
 
@@ -90,7 +92,7 @@ def from_huggingface(model_or_folder: nn.Module | str | Path) -> IJEPA_base:
     own = {o: again[t[0]].float() if again and len(t) == 1 else weights[o].clone() for o, t in names.items()}
     model.student_encoder.load_state_dict(own, assign=True)
     model.predictor = Predictor(cfg)
-    print(f"{where}: its one encoder taken as teacher and student; the predictor is freshly initialised")
+    print_line(f"{where}: its one encoder taken as teacher and student; the predictor is freshly initialised")
     return model.eval()
 
 
@@ -106,7 +108,7 @@ def to_huggingface(model: IJEPA_base, folder: str | Path, encoder: str = "teache
         ConfigError: the encoder is a network of stages, or `safetensors` is not installed.
         CheckpointError: the folder cannot be written to.
     """
-    net, m, folder = model.encoder(encoder), model.cfg.model, Path(folder)
+    net, m, folder = model.encoder(encoder), model.cfg.model, path_of(folder)
     if not isinstance(net, Encoder):
         raise ConfigError(f"model.classification_backbone = {m.classification_backbone!r} is no I-JEPA encoder: export it to .safetensors")
     config = {
@@ -175,9 +177,10 @@ def config_of_huggingface(config: dict[str, Any], where: Any) -> IJepaConfig:
 
 def local_folder(name: str | Path) -> Path:
     """A folder as it is; a name on the hub once it is downloaded."""
-    if Path(name).is_dir():
-        return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    folder = path_of(name)
+    if folder.is_dir():
+        return folder
+    if looks_local(str(name)) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise CheckpointError(
             f"there is no folder {name}: give one with config.json and safetensors, or a name such as 'facebook/ijepa_vith14_1k'"
         )
@@ -189,6 +192,12 @@ def local_folder(name: str | Path) -> Path:
         raise CheckpointError(
             f"{name} is no folder here and could not be downloaded ({reason}): go online once, or give a folder"
         ) from error
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is meant as a path, though nothing is there: the hub is never asked for a path that was mistyped."""
+    parent = path_of(name).parent
+    return name.startswith((".", "/", "~", "\\")) or (parent != Path() and parent.is_dir()) or bool(FILE.search(name))
 
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
@@ -235,7 +244,7 @@ def from_meta(path: str | Path, encoder: str = "target_encoder", num_heads: int 
         CheckpointError: no such file or part, or a key that is missing, unexpected or of another shape.
         ConfigError: an encoder that is not known, or a width whose heads are not.
     """
-    path = Path(path)
+    path = path_of(path)
     if encoder not in ("target_encoder", "encoder"):
         raise ConfigError(f"encoder = {encoder!r}: give 'target_encoder' or 'encoder'")
     if not path.is_file():
@@ -265,7 +274,7 @@ def from_meta(path: str | Path, encoder: str = "target_encoder", num_heads: int 
         model.teacher_encoder.load_state_dict(
             {name: value.clone() for name, value in model.student_encoder.state_dict().items()}, assign=True
         )
-    print(f"{path}: {encoder} taken as teacher, encoder as student, predictor as predictor")
+    print_line(f"{path}: {encoder} taken as teacher, encoder as student, predictor as predictor")
     return model.eval()
 
 
@@ -329,8 +338,8 @@ def export(model: IJEPA_base, path: str | Path, encoder: str = "teacher") -> Pat
         ConfigError: an ending or encoder that is not known; a package of the extra is not installed.
         CheckpointError: it cannot be written, or what is read back differs.
     """
-    net, path = model.encoder(encoder), Path(path)
-    if path.suffix == "":
+    net, path = model.encoder(encoder), path_of(path)
+    if path.is_dir() or not re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):  # "encoder_v1.0" has no ending
         return to_huggingface(model, path, encoder)
     if path.suffix not in (".safetensors", ".pt2", ".onnx"):
         raise ConfigError(f"{path}: give an ending of .safetensors, .pt2 or .onnx, or none for a folder in Hugging Face's format")
@@ -369,7 +378,9 @@ def export(model: IJEPA_base, path: str | Path, encoder: str = "teacher") -> Pat
 def compare(read: dict[str, Tensor], written: dict[str, Tensor], path: Path, tolerance: float = 0.0) -> None:
     """Refuse what is read back differently from what was written; `tolerance` is relative to the largest number."""
     for name, value in written.items():
-        if name not in read or float((read[name].to(value.device) - value).abs().max()) > tolerance * float(value.abs().max()):
+        same = name in read and read[name].shape == value.shape
+        # Of NaN neither "more" nor "not more" is true.
+        if not (same and float((read[name].to(value.device) - value).abs().max()) <= tolerance * float(value.abs().max())):
             raise CheckpointError(f"{path}: {name} is read back differently from what was written: write it elsewhere")
 
 
@@ -459,7 +470,7 @@ def main(argv: list[str] | None = None) -> int:
             save_model(args.target, model, source=args.source)
         else:
             export(model, args.target, args.encoder)
-        print(f"written: {args.target}")
+        print_line(f"written: {args.target}")
 
     return exit_code(run)
 

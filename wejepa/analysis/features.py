@@ -77,8 +77,14 @@ def extract_backbone_features(
         batch_size: images per forward pass.
     """
     index = torch.arange(len(source)) if index is None else index
-    tokens = extract_tokens(lambda images: model.encode(images, encoder=encoder), source.batches(index, batch_size))
-    return pool_tokens(tokens, model.cfg.grid_size, pooling)
+    grids = set()
+
+    def encode(images: Tensor) -> Tensor:
+        grids.add(model.encoder(encoder).token_grid(images))  # not the config's where the images are of another size
+        return model.encode(images, encoder=encoder)
+
+    tokens = extract_tokens(encode, source.batches(index, batch_size))
+    return pool_tokens(tokens, grids.pop(), pooling)
 
 
 def knn_accuracy(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20) -> float:

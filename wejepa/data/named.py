@@ -15,6 +15,7 @@ from wejepa.data.decoding import IMAGE_ENDINGS, read_image
 from wejepa.data.listing import Files, class_folders, image_files
 from wejepa.data.sources import FolderImages, MemoryImages, RowImages
 from wejepa.errors import ConfigError, DataError, did_you_mean
+from wejepa.paths import path_of
 from wejepa.seeds import generator_for
 
 __all__ = ["IMAGENET", "STATISTICS", "available_datasets", "example_photograph", "load_images"]
@@ -70,13 +71,13 @@ def load_images(cfg: IJepaConfig, split: str = "train") -> MemoryImages | Folder
     if kind == "hf":
         return RowImages(*_hugging_face_rows(rows_of, split), **decoding, **shape)
     if name in ("imagefolder", "imagenette"):
-        return FolderImages(*_folder_files(name, Path(cfg.data.root), split), **decoding, **shape)
+        return FolderImages(*_folder_files(name, path_of(cfg.data.root), split), **decoding, **shape)
     if name == "fake":
         images, labels, classes = _fake_images(cfg, split)
     elif name == "fashion_mnist_mini":
         images, labels, classes = _embedded_images(split)
     else:
-        images, labels, classes = _torchvision_images(name, cfg.data.root, split)
+        images, labels, classes = _torchvision_images(name, str(path_of(cfg.data.root)), split)
     return MemoryImages(images, labels, classes, **shape)
 
 
@@ -179,7 +180,8 @@ def _hugging_face_rows(name: str, split: str):
     except ImportError as error:
         raise DataError(f"data.dataset = 'hf:{name}' needs the package datasets ({error}): pip install 'wejepa[datasets]'") from error
 
-    folder = Path(name)
+    folder = path_of(name)
+    name = str(folder) if folder.is_dir() else name
     try:
         if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):  # save_to_disk
             found = datasets.load_from_disk(name)

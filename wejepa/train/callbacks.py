@@ -15,6 +15,7 @@ import torch
 from wejepa.analysis.features import encode_images, knn_accuracy, rankme, teacher_variance
 from wejepa.config import IJepaConfig
 from wejepa.model import IJEPA_base
+from wejepa.paths import print_line, printable
 from wejepa.seeds import generator_for
 
 __all__ = ["Callback", "EpochTable", "LogFile", "Monitor", "OnEpoch"]
@@ -62,9 +63,9 @@ class LogFile:
 
     def write(self, line: str) -> None:
         """Print a line and keep it."""
-        print(line, flush=True)
-        with contextlib.suppress(OSError), open(self.path, "a") as file:  # a full disk stops checkpoints, not lines
-            file.write(line + "\n")
+        print_line(line)
+        with contextlib.suppress(OSError), open(self.path, "a", encoding="utf-8") as file:  # a full disk stops checkpoints, not lines
+            file.write(printable(line) + "\n")
 
 
 class EpochTable(Callback):

@@ -18,6 +18,7 @@ from wejepa.config import IJepaConfig
 from wejepa.devices import pick_device
 from wejepa.errors import CheckpointError, ConfigError
 from wejepa.model import IJEPA_base
+from wejepa.paths import path_of
 from wejepa.train.ranks import Ranks, is_spread, own_part
 
 __all__ = ["MOMENTS", "Expected", "check_tensors", "load_checkpoint", "load_model", "read_training_state", "save_checkpoint", "save_model"]
@@ -73,7 +74,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, a truncated, damaged or foreign one, or one that holds more than tensors and plain values.
     """
-    path = Path(path)
+    path = path_of(path)
     if not path.is_dir():
         return read_file(path)
     from wejepa.train.sharded import Shards
@@ -126,7 +127,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> IJEPA_ba
     return model.eval().to(device)
 
 
-def save_model(path: Path, model: IJEPA_base, source: str) -> None:
+def save_model(path: str | Path, model: IJEPA_base, source: str) -> None:
     """Write a model's weights for `load_model`: no training state, so no run goes on from it.
 
     Args:
@@ -134,7 +135,7 @@ def save_model(path: Path, model: IJEPA_base, source: str) -> None:
         model: the model.
         source: where the weights come from; kept in the file.
     """
-    save_checkpoint(path, {"config": model.cfg.to_dict(), "model": model.state_dict(), "source": source})
+    save_checkpoint(path_of(path), {"config": model.cfg.to_dict(), "model": model.state_dict(), "source": source})
 
 
 def load_weights(model: IJEPA_base, weights: dict[str, Tensor], path: str | Path) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from wejepa.config import IJepaConfig
 from wejepa.errors import CheckpointError
+from wejepa.paths import path_of
 from wejepa.train.checkpoints import Expected, flush_folder, read_training_state, save_checkpoint
 from wejepa.train.lock import FolderLock
 from wejepa.train.ranks import Ranks
@@ -236,7 +237,7 @@ def resume_from(
         # A job that torchrun has started anew goes on from what it has written itself.
         own = ranks.restarted and folder.about().get("job") == ranks.job and folder.newest_first()
         asked = "auto" if own else resume
-        return asked, folder.newest_first() if asked == "auto" else [] if asked is None else [Path(asked)], without_locks
+        return asked, folder.newest_first() if asked == "auto" else [] if asked is None else [path_of(asked)], without_locks
 
     resume, paths, without_locks = ranks.once(asked_for)
     path, state, notes = None, None, []

@@ -22,6 +22,7 @@ from wejepa.errors import ConfigError, TrainingError, WejepaError
 from wejepa.masking import Masks, sample_block_masks
 from wejepa.memory import freed_memory_kept
 from wejepa.model import IJEPA_base, IJepaLoss
+from wejepa.paths import path_of
 from wejepa.seeds import generator_for
 from wejepa.train.callbacks import Callback, LogFile, Monitor
 from wejepa.train.checkpoints import MOMENTS, Expected
@@ -56,7 +57,7 @@ class Pretraining:
             self.source = load_once_per_node(cfg, self.ranks)
         self.steps_per_epoch = steps_per_epoch(self.source, cfg)
         self.schedule = Schedule(cfg.optimizer, self.steps_per_epoch)
-        h, self.output = cfg.hardware, Path(cfg.hardware.output_dir)
+        h, self.output = cfg.hardware, path_of(cfg.hardware.output_dir)
         self.checkpoints = CheckpointFolder(self.output, keep=h.keep_checkpoints, keep_steps=h.keep_every * self.steps_per_epoch)
         self.log = LogFile(self.output / LOG)
         self.step, self.history = 0, []

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from wejepa.config import IJepaConfig, parse_override
 from wejepa.errors import ConfigError, WejepaError
+from wejepa.paths import path_of, print_line
 from wejepa.presets import PRESETS
 from wejepa.train.launchers import launched
 
@@ -119,7 +120,7 @@ def config_from_arguments(args: argparse.Namespace) -> IJepaConfig:
     values = IJepaConfig.from_dict(PRESETS[args.preset]).to_dict()
     if args.config:
         try:
-            given = json.loads(args.config.read_text())
+            given = json.loads(path_of(args.config).read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(f"--config {args.config} cannot be read as JSON ({error}): --print-config writes such a file") from error
         IJepaConfig.from_dict(given)  # refused here if it is no config, before it is mixed with the preset
@@ -149,10 +150,10 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(cfg.to_dict(), indent=2))
             return 0
         if rank == 0:
-            print(cfg.summary(), flush=True)
+            print_line(cfg.summary())
         result = launch_pretraining(cfg, args.resume)
         if rank == 0:
-            print(f"checkpoint {result.checkpoint}")
+            print_line(f"checkpoint {result.checkpoint}")
         return 0
     except WejepaError as error:
         where = f"[rank {rank}] " if launch else ""
