@@ -50,9 +50,9 @@ def tiny_config(output: Path) -> IJepaConfig:
     )
 
 
-def train(cfg: IJepaConfig, resume=None, break_synchronisation=False) -> dict:
+def train(cfg: IJepaConfig, resume=None, break_synchronisation=False, **parts) -> dict:
     """Run to the end; the loss of every step, the history, and whether all processes hold the same weights."""
-    run = Pretraining(cfg, resume)
+    run = Pretraining(cfg, resume, **parts)
     if break_synchronisation:
         run.loss = IJepaLoss(run.model)
     losses, step = [], run.train_step

@@ -407,7 +407,8 @@ TESTED_ABOVE = {
     "train_linear_probe", "train_supervised",
 }  # fmt: skip
 NAMES = {"model", "models", "model_or_folder", "features", "tokens", "attentions", "train_x"}
-ELSEWHERE_TESTED = {"shard"}  # by test_distributed.py, on two processes
+# By test_distributed.py, on two processes; by test_own_parts.py: a run moves the model that it is given to its own device.
+ELSEWHERE_TESTED = {"shard", "Pretraining", "launch_pretraining"}
 
 
 def test_every_public_function_that_takes_a_model_or_features_is_tested_here():

@@ -9,6 +9,7 @@ loss             smooth-L1(p, t), averaged over targets and features
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -305,12 +306,27 @@ class IJEPA_base(nn.Module):
 
 
 class IJepaLoss(nn.Module):
-    """The loss of a batch as one forward pass: what DistributedDataParallel must wrap to see every gradient."""
+    """The loss of a batch as one forward pass: what DistributedDataParallel must wrap to see every gradient.
 
-    def __init__(self, model: IJEPA_base):
+    Args:
+        model: the model.
+        loss: a function of predictions and targets, each (B, M, Nt, D), that gives one number, ().
+    """
+
+    def __init__(self, model: IJEPA_base, loss: Callable[[Tensor, Tensor], Tensor] = ijepa_loss):
         super().__init__()
-        self.model = model
+        self.model, self.loss = model, loss
 
     def forward(self, images: Tensor, masks: Masks) -> Tensor:
-        """Images (B, C, S, S) and their masks -> the mean loss."""
-        return ijepa_loss(*self.model(images, masks))
+        """Images (B, C, S, S) and their masks -> the mean loss, ().
+
+        Raises:
+            ConfigError: the model's own predictor or the loss gives another shape.
+        """
+        predictions, targets = self.model(images, masks)
+        if predictions.shape != targets.shape:  # a loss would broadcast them
+            raise ConfigError(f"predictor: it gives {tuple(predictions.shape)} for targets {tuple(targets.shape)}; give one shape for both")
+        loss = self.loss(predictions, targets)
+        if loss.shape != ():
+            raise ConfigError(f"loss: it gives {tuple(loss.shape)}; take the mean, so that it gives one number, ()")
+        return loss

@@ -7,7 +7,7 @@ from wejepa.data.crops import crop_box, normalise, random_crops, resample, with_
 from wejepa.data.decoding import read_image
 from wejepa.data.loaders import Ahead, steps_per_epoch, training_batches
 from wejepa.data.named import IMAGENET, STATISTICS, available_datasets, example_photograph, load_images
-from wejepa.data.sources import FolderImages, MemoryImages, RowImages
+from wejepa.data.sources import FolderImages, MemoryImages, RowImages, Source, check_source
 from wejepa.data.workers import DeadWorker, deaths_wait
 from wejepa.seeds import generator_for
 
@@ -19,7 +19,9 @@ __all__ = [
     "FolderImages",
     "MemoryImages",
     "RowImages",
+    "Source",
     "available_datasets",
+    "check_source",
     "crop_box",
     "deaths_wait",
     "example_photograph",

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from wejepa.config import IJepaConfig
 from wejepa.data.crops import random_crops
+from wejepa.data.sources import Source
 from wejepa.errors import DataError
 from wejepa.seeds import generator_for
-
-if TYPE_CHECKING:
-    from wejepa.data.sources import FolderImages, MemoryImages
 
 __all__ = ["Ahead", "steps_per_epoch", "training_batches"]
 
@@ -56,7 +53,7 @@ class Ahead:
 
 
 def training_batches(
-    source: MemoryImages | FolderImages,
+    source: Source,
     cfg: IJepaConfig,
     epoch: int,
     first_step: int = 0,
@@ -86,7 +83,7 @@ def training_batches(
         yield from source.augmented(index[:, mine], torch.stack(crops)[:, mine], device)
 
 
-def steps_per_epoch(source: MemoryImages | FolderImages, cfg: IJepaConfig) -> int:
+def steps_per_epoch(source: Source, cfg: IJepaConfig) -> int:
     """Whole batches in the set."""
     if len(source) < cfg.data.train_batch_size:
         raise DataError(f"data.train_batch_size = {cfg.data.train_batch_size} is more than the set's {len(source)} images: make it smaller")

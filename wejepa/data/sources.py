@@ -1,4 +1,4 @@
-"""Images to learn from. Two kinds of source share one interface.
+"""Images to learn from. All kinds of source share one interface, `Source`.
 
 `MemoryImages` holds every image as bytes and augments a batch at a time; `FolderImages` decodes files, in worker processes if asked, and
 `RowImages` the rows of a Hugging Face data set in the same way. All give what the encoder takes: float32 (B, C, S, S), normalised, on the
@@ -16,18 +16,61 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from wejepa.data.crops import centre_square, crop_box, normalise, resample, with_channels
+from wejepa.config import IJepaConfig
+from wejepa.data.crops import centre_square, crop_box, normalise, random_crops, resample, with_channels
 from wejepa.data.decoding import no_fault_of_the_file, persistently, read_image, reason_unreadable
 from wejepa.data.listing import Files
 from wejepa.data.workers import DeadWorker, Workers
 from wejepa.devices import to_device
 from wejepa.errors import DataError
+from wejepa.seeds import generator_for
 
-__all__ = ["FolderImages", "MemoryImages", "RowImages"]
+__all__ = ["FolderImages", "MemoryImages", "RowImages", "Source", "check_source"]
+
+
+class Source(Protocol):
+    """What a run learns from: anything that has these. Batches are float32 (B, C, S, S), of the config's sizes, on the device asked for."""
+
+    labels: Tensor  # classes (N,), for the monitor's k-NN; zeros where there are none
+    classes: tuple[str, ...]  # their names; one, of any name, where there are no labels
+    fingerprint: str  # tells these images from others: a checkpoint holds it, and a resumed run must have the same
+    unreadable: dict[Path, str]  # what has been passed over so far, and why
+
+    def __len__(self) -> int: ...  # N
+
+    def batches(self, index: Tensor, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """The images of `index` (M,), in this order, each the same whenever it is asked for."""
+
+    def augmented(self, index: Tensor, crops: Tensor, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """A batch for each row of `index` (steps, B), all its randomness taken from `crops` (steps, B, 5), see `random_crops`."""
+
+    def readable(self, index: Tensor) -> Tensor:
+        """`index` (M,) without the images that cannot be read."""
+
+
+def check_source(source: Source, cfg: IJepaConfig) -> None:
+    """Refuse what is no source, or gives another kind of images than the config asks for, by a look at its first one.
+
+    Raises:
+        DataError: naming what was found, what is needed, and the remedy.
+    """
+    needed = ("__len__", "labels", "classes", "fingerprint", "unreadable", "batches", "augmented", "readable")
+    if missing := [name for name in needed if not hasattr(source, name)]:
+        raise DataError(f"source: {type(source).__name__} has no {missing[0]}; give wejepa.data.as_source(dataset, cfg)")
+    if not len(source):
+        raise DataError("source: it has no images; give one that has some")
+    images = next(iter(source.augmented(torch.zeros(1, 1, dtype=torch.long), random_crops(1, cfg, generator_for(0))[None])))
+    shape = (1, cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
+    if images.shape != shape or images.dtype != torch.float32:
+        raise DataError(
+            f"source: it gives images {images.dtype} {tuple(images.shape[1:])}, model.in_chans and model.img_size need torch.float32 "
+            f"{shape[1:]}: make it for this config"
+        )
 
 
 class MemoryImages:

@@ -6,8 +6,8 @@ import contextlib
 import math
 import os
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,11 +17,20 @@ from torch import Tensor
 from wejepa.config import IJepaConfig
 from wejepa.devices import pick_device
 from wejepa.errors import CheckpointError, ConfigError
-from wejepa.model import IJEPA_base
+from wejepa.model import IJEPA_base, Predictor, ijepa_loss
 from wejepa.paths import path_of
 from wejepa.train.ranks import Ranks, is_spread, own_part
 
-__all__ = ["MOMENTS", "Expected", "check_tensors", "load_checkpoint", "load_model", "read_training_state", "save_checkpoint", "save_model"]
+__all__ = [
+    "MOMENTS",
+    "Expected",
+    "check_tensors",
+    "load_checkpoint",
+    "load_model",
+    "read_training_state",
+    "save_checkpoint",
+    "save_model",
+]
 
 FORMAT = "wejepa checkpoint 2"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names
@@ -113,6 +122,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> IJEPA_ba
         path: the checkpoint.
         device: where the model is wanted: "cpu", "cuda", "mps", or "auto" for the best one present.
 
+    Where the run had a predictor of its own, only the encoders are loaded, and `model.predictor` is None: the file holds its weights, not
+    its code. With `model.predictor = MyPredictor(...)`, `model.load_state_dict(load_checkpoint(path)["model"])` loads all of it.
+
     Raises:
         ConfigError: there is no such device.
         CheckpointError: see `load_checkpoint`; or the weights do not fit the config.
@@ -120,8 +132,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> IJEPA_ba
     device = pick_device(device, "device")
     state = load_checkpoint(path)
     try:
-        model = IJEPA_base.without_weights(IJepaConfig.from_dict(state["config"]))
-        load_weights(model, state["model"], path)
+        model, weights = IJEPA_base.without_weights(IJepaConfig.from_dict(state["config"])), state["model"]
+        if "predictor" in state.get("parts", {}):
+            model.predictor = None
+            weights = {name: value for name, value in weights.items() if not name.startswith("predictor.")}
+        load_weights(model, weights, path)
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{path} does not fit this version of wejepa ({error}): take the version that wrote it") from error
     return model.eval().to(device)
@@ -196,6 +211,7 @@ class Expected:
         trained: those that the optimizer has moments of.
         steps_per_epoch: updates in an epoch.
         images: the fingerprint of the training images.
+        parts: what the run has of its own, see `own_parts`.
     """
 
     cfg: IJepaConfig
@@ -203,6 +219,14 @@ class Expected:
     trained: dict[str, Tensor]
     steps_per_epoch: int
     images: str
+    parts: dict[str, str] = field(default_factory=dict)
+
+
+def own_parts(model: IJEPA_base, loss: Callable) -> dict[str, str]:
+    """The names of a run's own "predictor" and "loss"; nothing of those that the package brings."""
+    found = {"predictor": type(model.predictor).__name__, "loss": getattr(loss, "__name__", type(loss).__name__)}
+    usual = {"predictor": Predictor.__name__, "loss": ijepa_loss.__name__}
+    return {part: name for part, name in found.items() if name != usual[part]}
 
 
 def read_training_state(path: Path, expected: Expected, ranks: Ranks) -> dict[str, Any]:
@@ -257,6 +281,9 @@ def check_state(state: dict[str, Any], expected: Expected, path: Path) -> None:
     if "source" in state:
         raise CheckpointError(f"{path} holds weights alone, from {state['source']}: load_model reads it, no run goes on from it")
     check_settings(state.get("config"), expected.cfg, path)
+    if (parts := state.get("parts", {})) != expected.parts:
+        before, now = (", ".join(f"{part} {name}" for part, name in p.items()) or "the usual parts" for p in (parts, expected.parts))
+        raise CheckpointError(f"{path} was trained with {before}, this run has {now}: give it the same predictor and loss")
     check_tensors(state.get("model"), expected.weights, path)
     moments = state.get("moments")
     for kind in MOMENTS:

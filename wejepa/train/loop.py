@@ -8,7 +8,7 @@ import signal
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from wejepa.config import IJepaConfig
-from wejepa.data import Ahead, FolderImages, MemoryImages, deaths_wait, load_images, steps_per_epoch, training_batches
+from wejepa.data import Ahead, FolderImages, Source, check_source, deaths_wait, load_images, steps_per_epoch, training_batches
 from wejepa.devices import autocast, pick_device, precision, to_device
-from wejepa.errors import ConfigError, TrainingError, WejepaError
+from wejepa.errors import ConfigError, DataError, TrainingError, WejepaError
 from wejepa.masking import Masks, sample_block_masks
 from wejepa.memory import freed_memory_kept
-from wejepa.model import IJEPA_base, IJepaLoss
+from wejepa.model import IJEPA_base, IJepaLoss, ijepa_loss
 from wejepa.paths import path_of
 from wejepa.seeds import generator_for
 from wejepa.train.callbacks import Callback, LogFile, Monitor
-from wejepa.train.checkpoints import MOMENTS, Expected
+from wejepa.train.checkpoints import MOMENTS, Expected, own_parts
 from wejepa.train.folder import LOG, CheckpointFolder, resume_from
 from wejepa.train.interruption import Interruption, RunInterrupted, RunStopped
 from wejepa.train.ranks import Ranks, gathered, shard, spread_like
@@ -44,17 +44,37 @@ class Pretraining:
     Args:
         cfg: the config, validated here.
         resume: a checkpoint to go on from; "auto" for the newest good one in the output folder, if any; None to start afresh.
+        source: images of your own in place of those that the config names: `wejepa.data.as_source(dataset, cfg)`, or a `Source`.
+        model: what is trained, in place: an `IJEPA_base` of the config's sizes, whose parts may be your own; the run begins with its
+            weights (with several processes, those of the first). By default a new one, its weights drawn by the seed.
+        loss: a function of predictions and targets, each (B, M, Nt, D), that gives one number, ().
         callbacks: told of every step and epoch, see `wejepa.train.callbacks`.
+
+    A run with a source, model or loss of its own is resumed with the same ones: a checkpoint holds the weights and the names of these.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: each with one line that says what to do, before the output folder is touched.
     """
 
-    def __init__(self, cfg: IJepaConfig, resume: str | Path | None = None, *, callbacks: Iterable[Callback] = ()):
+    def __init__(
+        self,
+        cfg: IJepaConfig,
+        resume: str | Path | None = None,
+        *,
+        source: Source | None = None,
+        model: IJEPA_base | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] = ijepa_loss,
+        callbacks: Iterable[Callback] = (),
+    ):
         cfg.validate()
+        if model is not None:
+            check_model(model, cfg)
         self.cfg, self.callbacks = cfg.copy(), list(callbacks)
         self.ranks = Ranks.join(pick_device(cfg.hardware.device))
         self.device = self.ranks.device
         check_parts(cfg, self.ranks)
         with self.ranks.naming_lost_ones():
-            self.source = load_once_per_node(cfg, self.ranks)
+            self.source = load_once_per_node(cfg, self.ranks) if source is None else same_everywhere(source, cfg, self.ranks)
         self.steps_per_epoch = steps_per_epoch(self.source, cfg)
         self.schedule = Schedule(cfg.optimizer, self.steps_per_epoch)
         h, self.output = cfg.hardware, path_of(cfg.hardware.output_dir)
@@ -70,16 +90,22 @@ class Pretraining:
         weakref.finalize(self, self.checkpoints.lock.release)
         try:
             with self.ranks.naming_lost_ones():
-                self._begin(resume)
+                self._begin(resume, model, loss)
         except BaseException:
             self.checkpoints.lock.release()
             raise
 
-    def _begin(self, resume: str | Path | None) -> None:
+    def _begin(self, resume: str | Path | None, model: IJEPA_base | None, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         """The model and the optimizer, as they are at the first step or as a checkpoint holds them, and the folder made ready."""
         h = self.cfg.hardware
         torch.manual_seed(h.seed)  # the initial weights; all later choices have generators of their own
-        self.model = IJEPA_base(self.cfg)
+        if model is None:
+            self.model = IJEPA_base(self.cfg)
+        else:
+            self.model = model.to(self.device).train()
+            self.model.cfg = self.cfg.copy()
+            self.ranks.share(self.model.state_dict().values())
+        self.parts = own_parts(self.model, loss)
         self.monitor = Monitor(self.cfg, self.source, self.model)
         dtype = precision(self.device, h.mixed_precision)
         if h.shard_model:
@@ -87,14 +113,14 @@ class Pretraining:
         else:
             self.model.to(self.device)
         weights = self.model.state_dict()
-        expected = Expected(self.cfg, weights, self._trained(), self.steps_per_epoch, self.source.fingerprint)
+        expected = Expected(self.cfg, weights, self._trained(), self.steps_per_epoch, self.source.fingerprint, self.parts)
         state = resume_from(resume, self.checkpoints, expected, self.ranks, self.log.write)
         if state is not None:
             for name, value in weights.items():
                 value.copy_(spread_like(state["model"][name], value))
             self.step, self.history = state["step"], state["history"]
             self.losses, self.seconds = state["losses"], state["seconds"]
-        self.loss = self.ranks.wrap(IJepaLoss(self.model), h.shard_model)
+        self.loss = self.ranks.wrap(IJepaLoss(self.model, loss), h.shard_model)
         if h.compile_model:
             self.loss = torch.compile(self.loss)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), betas=BETAS, fused=True)
@@ -304,6 +330,7 @@ class Pretraining:
             "seconds": self.seconds,
             "images": self.source.fingerprint,
             "versions": {"torch": str(torch.__version__)},
+            **({"parts": self.parts} if self.parts else {}),
             **self._scaling(),
         }
 
@@ -322,7 +349,27 @@ class Pretraining:
             self.optimizer.state[p] = {"step": count} | {kind: spread_like(moments[kind][name], p) for kind in MOMENTS}
 
 
-def load_once_per_node(cfg: IJepaConfig, ranks: Ranks) -> MemoryImages | FolderImages:
+def check_model(model: IJEPA_base, cfg: IJepaConfig) -> None:
+    """Refuse a model of other sizes than the config's."""
+    if not isinstance(model, IJEPA_base):
+        raise ConfigError(f"model: give an IJEPA_base, not {type(model).__name__}; its predictor may be a module of your own")
+    own, wanted = (c.to_dict()["model"] for c in (model.cfg, cfg))
+    if other := [name for name in wanted if own[name] != wanted[name]]:
+        raise ConfigError(
+            f"model.{other[0]} is {wanted[other[0]]!r} in the config and {own[other[0]]!r} in the model that was given: make it by "
+            f"IJEPA_base(cfg), or set cfg.model = model.cfg.model"
+        )
+
+
+def same_everywhere(source: Source, cfg: IJepaConfig, ranks: Ranks) -> Source:
+    """A source of the caller's, after a look at it, and at whether all processes were given the same."""
+    ranks.together(lambda: check_source(source, cfg))
+    if len(found := set(ranks.gather(source.fingerprint))) > 1:
+        raise DataError(f"source: the processes of the run have different ones, {' and '.join(sorted(found))}: give each the same images")
+    return source
+
+
+def load_once_per_node(cfg: IJepaConfig, ranks: Ranks) -> Source:
     """The training images, for each process. The first process of a machine downloads or lists them while its others wait.
 
     A list of files is handed on; images in memory, and rows, are read by each process from what is there by then.

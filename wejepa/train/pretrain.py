@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,11 @@ from wejepa.presets import PRESETS
 from wejepa.train.launchers import launched
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wejepa.data import Source
     from wejepa.model import IJEPA_base
+    from wejepa.train.callbacks import Callback
 
 __all__ = ["PretrainResult", "expected_minutes", "launch_pretraining", "main"]
 
@@ -51,13 +56,22 @@ class PretrainResult:
     model: IJEPA_base
 
 
-def launch_pretraining(cfg: IJepaConfig, resume: str | Path | None = None) -> PretrainResult:
+def launch_pretraining(
+    cfg: IJepaConfig,
+    resume: str | Path | None = None,
+    *,
+    source: Source | None = None,
+    model: IJEPA_base | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> PretrainResult:
     """Pretrain by a config, printing one line an epoch.
 
     Args:
         cfg: the config; see `IJepaConfig.summary`.
         resume: a checkpoint to go on from; "auto" for the newest good one in `hardware.output_dir`, if any; None to start afresh,
             which moves what an earlier run has left there into a folder earlier-1, -2, ... in it.
+        source, model, loss, callbacks: your own images, model, loss (`wejepa.model.ijepa_loss` for None) and logging, see `Pretraining`.
 
     With several processes (torchrun, srun and others, see `wejepa.train.launchers`) each calls this; `data.train_batch_size` is what they
     all take together. After a restart by torchrun the run goes on from the newest checkpoint that the job has written, whatever `resume`.
@@ -66,16 +80,17 @@ def launch_pretraining(cfg: IJepaConfig, resume: str | Path | None = None) -> Pr
         ConfigError, DataError, CheckpointError, TrainingError: each with one line that says what to do.
         RunInterrupted: SIGINT or SIGTERM came; the checkpoint of the last whole step is written. A KeyboardInterrupt.
     """
+    from wejepa.model import ijepa_loss
     from wejepa.train.callbacks import EpochTable
     from wejepa.train.checkpoints import load_model
     from wejepa.train.interruption import RunInterrupted, RunStopped
     from wejepa.train.loop import Pretraining
 
-    run = Pretraining(cfg, resume)
+    run = Pretraining(cfg, resume, source=source, model=model, loss=loss or ijepa_loss, callbacks=callbacks)
     if run.ranks.first:
         table = EpochTable(run.log)
         table.begin(run.history)
-        run.callbacks.append(table)
+        run.callbacks.insert(0, table)
     try:
         checkpoint = run.run()
     except (RunInterrupted, RunStopped):  # which all processes raise at the same step

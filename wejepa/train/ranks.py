@@ -12,7 +12,7 @@ import functools
 import socket
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -104,6 +104,12 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's values, in place; the tensors are on the device."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def from_first(self, value: Any) -> Any:
         """The first process's value, in every process."""
@@ -258,7 +264,7 @@ def shard(model: IJEPA_base, ranks: Ranks, dtype: torch.dtype = torch.float32) -
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (model.student_encoder, model.predictor, model.teacher_encoder):
-        for block in part.blocks:
+        for block in getattr(part, "blocks", ()):  # a predictor of the caller's own may have none
             if dtype == torch.bfloat16 and isinstance(block, Block):  # a norm's weights stay float32
                 for matrices in (block.attn, block.mlp):
                     fully_shard(matrices, mesh=mesh, reshard_after_forward=True, mp_policy=half)
