@@ -662,6 +662,16 @@ def test_what_does_not_pass_ends_the_run_and_is_not_counted_as_unreadable(folder
         assert failing.tried == 3 * tries
 
 
+@pytest.mark.parametrize("method", ["ImageOps.exif_transpose", "Image.Image.getexif"])
+def test_no_memory_to_turn_an_image_is_not_an_image_that_need_not_be_turned(folder, monkeypatch, method):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(f"PIL.{method}", fail)
+    with pytest.raises(DataError, match="finds no memory to be decoded in"):
+        under(load_images(folder_config(folder)), [2])
+
+
 def test_a_file_that_is_absent_or_forbidden_is_not_tried_again(folder, monkeypatch):
     monkeypatch.setattr(decoding.time, "sleep", lambda _: pytest.fail("no pause"))
     (folder / "train" / "cat" / "02.jpg").unlink()

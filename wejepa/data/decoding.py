@@ -8,7 +8,7 @@ import io
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,7 +56,7 @@ def read_image(path: Path | io.BytesIO, size: int, crop: list[float] | None = No
             # A large JPEG costs a fraction of the time at a half, a quarter or an eighth of its size: twice what is needed is enough.
             image.draft(None, tuple(math.ceil(2 * size * whole / part) for whole, part in zip(image.size, (wide, high), strict=True)))
             image.load()
-            with contextlib.suppress(Exception):  # where the metadata are damaged, the pixels are not
+            with damaged_metadata():
                 ImageOps.exif_transpose(image, in_place=True)
             image = _in_colour(image)
     left, top, wide, high = _box(crop, *image.size)
@@ -77,9 +77,19 @@ def _box(crop: list[float] | None, width: int, height: int, on_its_side: bool = 
 
 def _on_its_side(image) -> bool:
     """Whether an image's metadata say that its stored width is its height."""
-    with contextlib.suppress(Exception):  # damaged metadata
+    with damaged_metadata():
         return image.getexif().get(0x0112) in (5, 6, 7, 8)
     return False
+
+
+@contextlib.contextmanager
+def damaged_metadata() -> Iterator[None]:
+    """Let errors about an image's metadata pass: where they are damaged, the pixels are not. A want of memory is no damage."""
+    try:
+        yield
+    except Exception as error:
+        if no_fault_of_the_file(error):
+            raise
 
 
 def _in_colour(image):
