@@ -1,9 +1,10 @@
-"""Images by name or from a folder, as the batches of a run.
+"""Images by name, from a folder or from a Dataset, as the batches of a run.
 
 Every random choice is derived from (seed, epoch, step), so a run that stops in between goes on as if it had not.
 """
 
 from wejepa.data.crops import crop_box, normalise, random_crops, resample, with_channels
+from wejepa.data.datasets import DatasetImages, as_source
 from wejepa.data.decoding import read_image
 from wejepa.data.loaders import Ahead, steps_per_epoch, training_batches
 from wejepa.data.named import IMAGENET, STATISTICS, available_datasets, example_photograph, load_images
@@ -15,11 +16,13 @@ __all__ = [
     "IMAGENET",
     "STATISTICS",
     "Ahead",
+    "DatasetImages",
     "DeadWorker",
     "FolderImages",
     "MemoryImages",
     "RowImages",
     "Source",
+    "as_source",
     "available_datasets",
     "check_source",
     "crop_box",

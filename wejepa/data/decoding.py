@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from wejepa.data.crops import centre_square, crop_box
 
-__all__ = ["IMAGE_ENDINGS", "no_fault_of_the_file", "persistently", "read_image", "reason_unreadable"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["IMAGE_ENDINGS", "framed", "no_fault_of_the_file", "persistently", "read_image", "reason_unreadable"]
 
 T = TypeVar("T")
 
@@ -58,7 +61,14 @@ def read_image(path: Path | io.BytesIO, size: int, crop: list[float] | None = No
             image.load()
             with damaged_metadata():
                 ImageOps.exif_transpose(image, in_place=True)
-            image = _in_colour(image)
+            return framed(image, size, crop)
+
+
+def framed(image: Image, size: int, crop: list[float] | None = None) -> Tensor:
+    """Bytes (3, size, size) of a Pillow image that is upright; the rest as for `read_image`."""
+    from PIL import Image, ImageOps
+
+    image = _in_colour(image)
     left, top, wide, high = _box(crop, *image.size)
     box = (left, top, min(left + wide, image.width), min(top + high, image.height))  # rounding may push it over the edge
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)

@@ -157,7 +157,9 @@ class Decoder(torch.utils.data.Dataset):
         for i in range(index, index + (1 if crop is None else len(self))):
             i %= len(self)
             try:
-                return Decoded(persistently(lambda i=i: read_image(self.opened(i), self.img_size, crop)), failed)
+                return Decoded(persistently(lambda i=i: self.image(i, crop)), failed)
+            except DataError as error:
+                return Decoded(None, failed, str(error))
             except Exception as error:  # Pillow raises many types on damaged files
                 if fault := no_fault_of_the_file(error):
                     return Decoded(None, failed, f"{self.files[i]} {fault}")
@@ -165,6 +167,10 @@ class Decoder(torch.utils.data.Dataset):
             if self.too_many(len(failed)):
                 break
         return Decoded(None, failed)
+
+    def image(self, i: int, crop: list[float] | None) -> Tensor:
+        """The image (3, S, S) under a crop; it raises a DataError for what is to end the run."""
+        return read_image(self.opened(i), self.img_size, crop)
 
     def opened(self, i: int) -> Path | io.BytesIO:
         """What `read_image` reads."""
