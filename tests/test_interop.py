@@ -12,6 +12,7 @@ import torch
 from wejepa.config import HardwareConfig, IJepaConfig, ModelConfig, adapt_config_for_backbone, default_config
 from wejepa.errors import CheckpointError, ConfigError
 from wejepa.interop import export, from_huggingface, from_meta, main, to_huggingface
+from wejepa.masking import Masks, sample_block_masks
 from wejepa.model import IJEPA_base, Predictor
 from wejepa.train.checkpoints import load_model, save_model
 from wejepa.train.loop import Pretraining
@@ -258,6 +259,60 @@ def test_the_context_encoder_can_be_the_teacher(tmp_path, capsys):
         assert torch.equal(value, student[name]) and value.data_ptr() != student[name].data_ptr()
     with pytest.raises(ConfigError, match="encoder = 'teacher': give 'target_encoder' or 'encoder'"):
         from_meta(path, encoder="teacher", num_heads=16)
+
+
+def by_the_papers_equations(weights: dict, heads: int, context: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """What the predictor of I-JEPA, section 3, predicts for each target block on its own: (B, M, Nt, D), from Meta's tensors.
+
+    A narrow vision transformer takes the context's representations, projected and with their positions, and a mask token with the position
+    of each patch of one block; what it makes of the mask tokens is projected back.
+    """
+    w = {name.removeprefix("module.").removeprefix("predictor_"): value.double() for name, value in weights.items()}
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("oi,...i->...o", w[f"{name}.weight"], x) + w[f"{name}.bias"]
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def attention(name: str, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = linear(f"{name}.qkv", x).chunk(3, dim=-1)
+        answers = []
+        for own in torch.arange(x.shape[-1]).chunk(heads):
+            scores = torch.einsum("nd,md->nm", q[:, own], k[:, own]) / len(own) ** 0.5
+            answers.append((scores.exp() / scores.exp().sum(-1, keepdim=True)) @ v[:, own])
+        return linear(f"{name}.proj", torch.cat(answers, dim=-1))
+
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+    def block(image: int, number: int) -> torch.Tensor:
+        places, asked = masks.context[image], masks.targets[image, number]
+        x = torch.cat([linear("embed", context[image]) + w["pos_embed"][0, places], w["mask_token"][0] + w["pos_embed"][0, asked]])
+        for i in range(len({name.split(".")[1] for name in w if name.startswith("blocks.")})):
+            x = x + attention(f"blocks.{i}.attn", norm(f"blocks.{i}.norm1", x))
+            x = x + linear(f"blocks.{i}.mlp.fc2", gelu(linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x))))
+        return linear("proj", norm("norm", x)[len(places) :])
+
+    images, blocks, _ = masks.targets.shape
+    return torch.stack([torch.stack([block(b, m) for m in range(blocks)]) for b in range(images)])
+
+
+@pytest.mark.parametrize("name", META)
+def test_metas_predictor_predicts_as_the_paper_says(tmp_path, name):
+    width, _, heads, _, _, _ = META[name]
+    state = synthetic(name)
+    model = from_meta(written(tmp_path, state), num_heads=heads)
+    assert model.cfg.model.blockwise_prediction
+    masks = sample_block_masks(3, (GRID, GRID), model.cfg.mask, torch.Generator().manual_seed(0))
+    context = torch.randn(3, masks.context.shape[1], width, generator=torch.Generator().manual_seed(1))
+    expected = by_the_papers_equations(state["predictor"], heads, context.double(), masks)
+    with torch.no_grad():
+        found = model.predictor(context, masks)
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+        model.predictor.blockwise = False  # what other blocks are asked for too makes a difference
+        assert float((model.predictor(context, masks) - expected).norm() / expected.norm()) > 0.01
 
 
 def every_key(name: str) -> list[tuple[str, str]]:

@@ -436,3 +436,20 @@ def test_the_predictors_last_block_loses_nothing(model, images, masks):
         x = block(x)
     expected = predictor.proj(predictor.norm(x[:, context.shape[1] :])).view(*masks.targets.shape, D)
     torch.testing.assert_close(predictor(context, masks), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_of_its_own_is_predicted_as_if_it_were_the_only_one(model, images, masks):
+    predictor, context = model.predictor, model.student_encoder(images, keep=masks.context)
+    predictor.blockwise = True
+    together = predictor(context, masks)
+    for m in range(masks.targets.shape[1]):
+        alone = predictor(context, Masks(masks.context, masks.targets[:, m : m + 1]))
+        torch.testing.assert_close(together[:, m : m + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_may_predict_each_block_on_its_own(images, masks):
+    model = IJEPA_base(tiny_config(blockwise_prediction=True))
+    predictions, targets = model(images, masks)
+    assert model.predictor.blockwise and predictions.shape == targets.shape
+    ijepa_loss(predictions, targets).backward()
+    assert all(p.grad is not None for part in (model.student_encoder, model.predictor) for p in part.parameters())

@@ -163,6 +163,7 @@ class ModelConfig(Section):
     num_heads: int = setting(2, "attention heads, of the encoder and of the predictor", low=1, high=256)
     mlp_ratio: float = setting(4.0, "width of a block's hidden layer over its own width", low=0.1, high=16)
     pred_mlp_ratio: float = setting(0.0, "the same in the predictor; 0 for the encoder's", low=0, high=16)
+    blockwise_prediction: bool = setting(False, "predict each target block in a sequence of its own, as the paper does; false: all in one")
     norm_eps: float = setting(1e-6, "what the encoder's layer norms add to the variance", low=0, high=0.1)
     classification_backbone: str | None = setting(None, "a torchvision classifier as encoder, or null for our own", optional=True)
     classification_pretrained: bool = setting(False, "start from torchvision's published weights")
@@ -320,7 +321,7 @@ class IJepaConfig:
             "masks": f"{k.num_context_patches((rows, cols))} context patches; {k.num_target_blocks} target blocks of "
             f"{k.target_scale[0]:g} to {k.target_scale[1]:g} of the image",
             "encoder": kind,
-            "predictor": f"width {m.pred_dim}, depth {m.pred_depth}",
+            "predictor": f"width {m.pred_dim}, depth {m.pred_depth}" + (", one sequence a target block" if m.blockwise_prediction else ""),
             "optimizer": f"{o.epochs} epochs, rate {o.start_learning_rate:g} -> {o.base_learning_rate:g} -> {o.final_learning_rate:g}, "
             f"decay {o.weight_decay:g} -> {o.final_weight_decay:g}, momentum {o.momentum_teacher:g} -> {o.momentum_teacher_final:g}",
             "hardware": f"device {h.device}, {'bfloat16 where native' if h.mixed_precision else 'float32'}, seed {h.seed}, "
