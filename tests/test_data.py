@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import pickle
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -693,6 +694,39 @@ def test_an_empty_folder_is_named(tmp_path):
     with pytest.raises(DataError, match="holds no images") as caught:
         load_images(folder_config(tmp_path))
     assert str(tmp_path / "train") in str(caught.value)
+
+
+def test_a_folder_without_splits_is_all_for_training(folder):
+    """Nested folders, whose names are classes, and a flat one, which has one class."""
+    for root, labels in ((folder / "train", [0] * 6 + [1] * 6), (folder / "train" / "cat", [0] * 6)):
+        source = load_images(folder_config(root))
+        assert source.labels.tolist() == labels and everything(source, 5).shape == (len(labels), 3, 24, 24)
+        with pytest.raises(DataError, match="no folder test or val"):
+            load_images(folder_config(root), "test")
+    deep = folder / "photos" / "2019" / "07"
+    deep.mkdir(parents=True)
+    shutil.copy(folder / "train" / "cat" / "0.png", deep / "a.png")
+    assert len(load_images(folder_config(folder / "photos"))) == 1
+    shutil.rmtree(folder / "train")  # but test/ is not taken for training images
+    with pytest.raises(DataError, match="no folder train"):
+        load_images(folder_config(folder))
+
+
+def test_a_text_file_lists_image_files(folder, monkeypatch):
+    listed = folder / "list.txt"
+    listed.write_text(f"train/dog/1.png\n\n{folder / 'test' / 'cat' / '0.png'}\ntrain/cat/2.png\n", encoding="utf-8")
+    monkeypatch.chdir("/")
+    source = load_images(folder_config(listed))
+    assert source.classes == ("",) and source.labels.tolist() == [0] * 3
+    whole = load_images(folder_config(folder))
+    assert torch.equal(everything(source, 5)[0], everything(whole, 5)[7])
+    for text, told in (("", "is empty"), ("train/dog/1.png\nnotes.md\n", "names 'notes.md': list image files")):
+        listed.write_text(text)
+        with pytest.raises(DataError, match=told):
+            load_images(folder_config(listed))
+    listed.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="cannot be read as a list of image files"):
+        load_images(folder_config(listed))
 
 
 def test_imagenette_is_found_where_its_archive_unpacks(folder, tmp_path):

@@ -95,7 +95,9 @@ class DataConfig(Section):
     dataset: str = setting(
         "fashion_mnist_mini", "name of the data set; wejepa.data.available_datasets() lists them; hf:NAME for Hugging Face's"
     )
-    root: str = setting("data", "folder with the data set's files (for imagefolder: the folder with train/ and test/)")
+    root: str = setting(
+        "data", "folder of the data set's files; for imagefolder with train/ and test/, or of images alone, or a list of files"
+    )
     use_fake_data: bool = setting(False, "replace the data set by noise of the same shape: for testing the plumbing only")
     fake_data_size: int = setting(256, "number of noise images, for training and again for testing", low=20)
     train_batch_size: int = setting(64, "images per update, over all processes together", low=2)

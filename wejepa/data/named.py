@@ -149,11 +149,18 @@ def _padded(images: Tensor) -> Tensor:
 
 
 def _folder_files(name: str, root: Path, split: str):
-    """ROOT/train or ROOT/test (ROOT/val serves as well), and the files, labels and classes below it, a folder a class."""
+    """ROOT/train or ROOT/test (ROOT/val serves as well), and the files, labels and classes below it, a folder a class.
+
+    An image folder without these is all for training, however its files lie; so is a text file that lists some, which have no classes.
+    """
     if name == "imagenette":
         root = root / "imagenette2-160" if (root / "imagenette2-160").is_dir() else root / "imagenette2"
     tried = {"train": [root / "train"], "test": [root / "test", root / "val"]}
     folder = next((f for f in tried[split] if f.is_dir()), None)
+    if name == "imagefolder" and split == "train" and root.is_file():
+        return _listed_files(root)
+    if name == "imagefolder" and split == "train" and root.is_dir() and not any(f.is_dir() for part in tried.values() for f in part):
+        folder = root
     if folder is None:
         names = " or ".join(f.name for f in tried[split])
         raise DataError(f"data.root = {str(root)!r} has no folder {names}: put one there, with a folder a class in it")
@@ -171,6 +178,19 @@ def _folder_files(name: str, root: Path, split: str):
     classes = tuple(sorted({*here, *(name for part in tried.values() for top in part for name in class_folders(top))}))
     number = {name: i for i, name in enumerate(classes)}
     return folder, files, torch.tensor([number[name] for name in here])[torch.tensor(of)], classes
+
+
+def _listed_files(path: Path):
+    """The folder of a text file, and the image files that it names, one a line, relative to that folder or from the root."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.root = {str(path)!r} cannot be read as a list of image files, one a line, in UTF-8 ({error})") from error
+    others = [name for name in names if not name.lower().endswith(IMAGE_ENDINGS)]
+    if others or not names:
+        found = f"names {others[0][:100]!r}" if others else "is empty"
+        raise DataError(f"data.root = {str(path)!r} {found}: list image files ({', '.join(IMAGE_ENDINGS)}), one a line")
+    return path.parent, Files(path.parent, names), torch.zeros(len(names), dtype=torch.long), ("",)
 
 
 def _hugging_face_rows(name: str, split: str):
