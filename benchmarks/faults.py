@@ -245,8 +245,7 @@ def start_a_second(run: Run) -> str | None:
 
 def kill_while_writing(run: Run) -> None:
     written = run.folder / f"step_{max(run.made()) + 1:08d}.pt"
-    while not any(run.folder.glob(".step_*.tmp")) and not written.exists():
-        pass  # sleeping would miss it
+    happened(lambda: any(run.folder.glob(".step_*.tmp")) or written.exists())
     kill(run)
 
 
@@ -267,6 +266,7 @@ class Kind:
         name: in words.
         befall: lets it befall a run; returns what went wrong with that, if anything did.
         codes: the exit codes that the run's processes must end with then.
+        again: the most steps that may have to be made again.
         afterwards: what is done before the run is resumed.
         after_steps: the fault comes in the step after one of these.
         somewhere: at any moment of that step and what follows it, not right at its beginning.
@@ -277,6 +277,7 @@ class Kind:
     name: str
     befall: Callable[[Run], str | None]
     codes: set[int]
+    again: int
     afterwards: Callable[[Run], None] = nothing
     after_steps: Sequence[int] = range(1, 9)
     somewhere: bool = True
@@ -284,24 +285,21 @@ class Kind:
     small_disk: bool = False
 
 
-OF_TWO_CHECKPOINTS, BEFORE_ONE = (9, 10), (3, 7)
+AN_EPOCH, LATE, BEFORE_A_CHECKPOINT = STEPS // EPOCHS, (9, 10), (3, 7)
+WITH_WORKERS, OF_TWO = [cell for cell in CELLS if cell.workers], [cell for cell in CELLS if cell.processes == 2]
+BEFORE_TWO_CHECKPOINTS = range(1, 7)  # the third one makes room for itself: the first one goes before it is written
 KINDS = [
-    Kind("SIGKILL of the run", kill, {KILLED}),
-    Kind("SIGTERM to the process group", terminate_group, {TERMINATED}),
-    Kind("a process that decodes killed", kill_a_worker, {REFUSED}, cells=[cell for cell in CELLS if cell.workers]),
-    Kind("one of two ranks killed", kill_a_rank, {KILLED, REFUSED}, cells=[cell for cell in CELLS if cell.processes == 2]),
-    Kind("the disk full", fill_disk, {REFUSED}, empty_disk, small_disk=True),
-    Kind("the folder made read-only", make_read_only, {REFUSED}, make_writable),
-    Kind("the newest checkpoint truncated", kill, {KILLED}, truncate_newest, OF_TWO_CHECKPOINTS),
-    Kind("one bit of it flipped", kill, {KILLED}, flip_a_bit, OF_TWO_CHECKPOINTS),
-    Kind("a second run started", start_a_second, {DONE}),
+    Kind("SIGKILL of the run", kill, {KILLED}, AN_EPOCH),
+    Kind("SIGTERM to the process group", terminate_group, {TERMINATED}, 0),
+    Kind("a process that decodes killed", kill_a_worker, {REFUSED}, 0, cells=WITH_WORKERS),
+    Kind("one of two ranks killed", kill_a_rank, {KILLED, REFUSED}, AN_EPOCH, cells=OF_TWO),
+    Kind("the disk full", fill_disk, {REFUSED}, AN_EPOCH, empty_disk, BEFORE_TWO_CHECKPOINTS, small_disk=True),
+    Kind("the folder made read-only", make_read_only, {REFUSED}, AN_EPOCH, make_writable),
+    Kind("the newest checkpoint truncated", kill, {KILLED}, 2 * AN_EPOCH, truncate_newest, LATE),
+    Kind("one bit of it flipped", kill, {KILLED}, 2 * AN_EPOCH, flip_a_bit, LATE),
+    Kind("a second run started", start_a_second, {DONE}, 0),
     Kind(
-        "killed while a checkpoint is written",
-        kill_while_writing,
-        {KILLED},
-        see_that_it_was_writing,
-        after_steps=BEFORE_ONE,
-        somewhere=False,
+        "killed while a checkpoint is written", kill_while_writing, {KILLED}, AN_EPOCH, see_that_it_was_writing, BEFORE_A_CHECKPOINT, False
     ),
 ]
 
@@ -359,10 +357,12 @@ def resumed(kind: Kind, cell: Cell, folder: Path, images: Path, undisturbed: dic
     run = Run(folder, cell, images)
     codes, made = run.end(), run.made()
     lost = set(codes) != {DONE} or set(made) != set(range(1, STEPS + 1))
-    identical = not lost and same(outcome(folder), undisturbed)
-    if wrong or not identical:
-        wrong = f"{wrong or 'it did not end as the undisturbed run'}: {run.printed.read_text()}"
-    return Fault(kind, cell, len(made) - len(set(made)), lost, identical, wrong)
+    identical, again = not lost and same(outcome(folder), undisturbed), len(made) - len(set(made))
+    if not identical:
+        wrong = "it did not end as the undisturbed run"
+    elif again > kind.again:
+        wrong = wrong or f"{again} steps were made again"
+    return Fault(kind, cell, again, lost, identical, f"{wrong}: {run.printed.read_text()}" if wrong else None)
 
 
 @contextlib.contextmanager

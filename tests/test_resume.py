@@ -477,13 +477,14 @@ def kill_workers() -> None:
         process.join()
 
 
-@pytest.mark.filterwarnings("ignore:.*passed over")
-def test_a_worker_that_dies_in_the_middle_of_a_step_ends_the_run_with_a_checkpoint(folder_cfg, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*passed over", "ignore:.*this process decodes the rest")
+@pytest.mark.parametrize("step", [2, 5])  # 5 is an epoch's last one
+def test_a_worker_that_dies_in_the_middle_of_a_step_ends_the_run_with_a_checkpoint(folder_cfg, tmp_path, step):
     folder_cfg.hardware.checkpoint_every = 100
     expected = load_checkpoint(launch_pretraining(folder_cfg).checkpoint)
     folder_cfg.hardware.output_dir, folder_cfg.data.num_workers = str(tmp_path / "resumed"), 1
-    with pytest.raises(RunStopped, match=r"lower data\.num_workers = 1, .*latest\.pt holds step 2: go on with resume='auto'") as caught:
-        end_after(folder_cfg, 2, kill_workers)
+    with pytest.raises(RunStopped, match=rf"lower data\.num_workers = 1, .*latest\.pt holds step {step}: go on with") as caught:
+        end_after(folder_cfg, step, kill_workers)
     assert isinstance(caught.value, DataError) and "\n" not in str(caught.value)
     assert_same(launch_pretraining(folder_cfg, resume="auto").checkpoint, expected)
 
@@ -500,17 +501,19 @@ def test_a_worker_that_dies_while_the_monitor_measures_ends_the_run_after_that(f
     assert_same(launch_pretraining(folder_cfg, resume="auto").checkpoint, expected)
 
 
-@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("step", [0, 3, HALF])
 def test_whatever_keeps_a_run_from_its_images_ends_it_with_a_checkpoint(cfg, whole, monkeypatch, step):
     def broken(self, index, crops, device, augmented=MemoryImages.augmented):
         for number, batch in enumerate(augmented(self, index, crops, device)):
             if number == step:
                 raise TypeError("a fault\nof whatever kind")
             yield batch
+        if step == HALF:  # an epoch has no batch of this number
+            raise TypeError("a fault\nof whatever kind")
 
     with monkeypatch.context() as patch:
         patch.setattr(MemoryImages, "augmented", broken)
-        with pytest.raises(RunStopped, match="^TypeError: a fault of whatever kind" + ("; .*holds step 3" if step else "$")):
+        with pytest.raises(RunStopped, match="^TypeError: a fault of whatever kind" + (f"; .*holds step {step}" if step else "$")):
             launch_pretraining(cfg)
     assert Path(cfg.hardware.output_dir, "latest.pt").exists() == bool(step)
     assert_same(launch_pretraining(cfg, resume="auto").checkpoint, whole)

@@ -18,10 +18,12 @@ import torch.distributed.checkpoint as dcp
 from ranks import tiny_config, train
 
 from benchmarks.faults import same
-from wejepa.errors import CheckpointError
+from wejepa.data import MemoryImages
+from wejepa.errors import CheckpointError, DataError
 from wejepa.train import sharded
 from wejepa.train.checkpoints import load_checkpoint, load_model, save_checkpoint
 from wejepa.train.folder import CheckpointFolder
+from wejepa.train.interruption import RunStopped
 from wejepa.train.loop import Pretraining
 from wejepa.train.ranks import Ranks
 
@@ -309,6 +311,22 @@ def test_a_run_goes_on_from_a_folder_and_passes_over_a_damaged_one(tmp_path, cap
     resumed = train(cfg, "auto")
     assert f"passed over: {path.with_name('step_00000020.pt') / SHARDS} is truncated, damaged" in capsys.readouterr().out
     assert resumed["losses"] == whole["losses"][10:] and resumed["weights"] == whole["weights"]
+
+
+def test_a_run_that_stops_where_the_checkpoint_is_already_there(tmp_path, monkeypatch):
+    """A folder, unlike a file, is not replaced by another one of its name."""
+
+    def broken(self, index, crops, device, augmented=MemoryImages.augmented):
+        yield from augmented(self, index, crops, device)
+        raise DataError("no next images")
+
+    monkeypatch.setattr(MemoryImages, "augmented", broken)
+    monkeypatch.setattr(Pretraining, "save", lambda self: self.checkpoints.save(self.state(), self.ranks))
+    cfg = tiny_config(tmp_path / "run")
+    cfg.hardware.checkpoint_every = 1
+    with pytest.raises(RunStopped, match="no next images; .*latest.pt holds step 10: go on"):
+        Pretraining(cfg).run()
+    assert (tmp_path / "run" / "step_00000010.pt").is_dir()
 
 
 KILLED = """

@@ -53,6 +53,10 @@ class CheckpointFolder:
         """The checkpoints that are there, the newest first; latest.pt only where it is not one of the numbered ones."""
         return self._numbered() + ([self.latest] if self._latest_is_alone() else [])
 
+    def holds(self, step: int) -> bool:
+        """Whether the checkpoint of a step is there; once the run has begun it can only be its own."""
+        return self._of(step).exists()
+
     def begin(self, resumed: Path | None = None, step: int = 0, about: dict[str, Any] | None = None) -> str | None:
         """Make the folder ready for a run that goes on from `resumed` at `step`, or starts afresh for None; `about` goes into run.json.
 
@@ -120,7 +124,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: it cannot be written; with `ranks` on every process.
         """
-        path, everyone = self.folder / f"step_{state['step']:08d}.pt", ranks or Ranks(0, 1, torch.device("cpu"))
+        path, everyone = self._of(state["step"]), ranks or Ranks(0, 1, torch.device("cpu"))
         try:
             everyone.once(lambda: self._prune(max(1, self.keep - 1)))  # before writing, so that a nearly full disk has room
         except (OSError, RuntimeError) as error:
@@ -131,6 +135,9 @@ class CheckpointFolder:
         except (OSError, RuntimeError) as error:  # the latter stands for another process's error
             raise CheckpointError(f"cannot write {self.latest} ({error}); {path} is whole: resume from it") from error
         return self.latest
+
+    def _of(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}.pt"
 
     def _name_latest(self, path: Path) -> None:
         self._link(path)

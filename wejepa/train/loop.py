@@ -241,8 +241,10 @@ class Pretraining:
                 self.save()
                 if signum:
                     raise RunInterrupted(interruption.signum or signal.SIGTERM, self.checkpoints.latest, self.step)
-            if fault:
+            if fault and self.step < end:
                 self._stop(batches.fault)
+            if self.step == end:  # a fault that came after the last batch waits until the epoch is told of: without that no state is whole
+                break
 
         entry = {"epoch": epoch + 1, "step": self.step, "loss": sum(self.losses) / per_epoch}
         if self.ranks.first or cfg.hardware.shard_model:  # a sharded model computes only where all processes take part
@@ -255,14 +257,17 @@ class Pretraining:
                 callback.on_epoch(entry)
         self._log_unreadable()
         every = (cfg.hardware.checkpoint_every, cfg.hardware.keep_every)
-        if signum or due or epoch + 1 == cfg.optimizer.epochs or any(n and (epoch + 1) % n == 0 for n in every):
+        last = epoch + 1 == cfg.optimizer.epochs
+        if signum or due or last or any(n and (epoch + 1) % n == 0 for n in every):
             self.save()
-        if signum and epoch + 1 < cfg.optimizer.epochs:
+        if signum and not last:
             raise RunInterrupted(interruption.signum or signal.SIGTERM, self.checkpoints.latest, self.step)
+        if fault and not last:
+            self._stop(batches.fault)
 
     def _stop(self, fault: Exception | None) -> None:
         """Save the last whole step and end the run, as this process, or another one for None, cannot have its next batch."""
-        if self.step:
+        if self.step and not self.ranks.once(lambda: self.checkpoints.holds(self.step)):
             self.save()
 
         def tell() -> None:
