@@ -141,7 +141,13 @@ def test_two_processes_with_a_launchers_variables_are_one_run(tmp_path, by_torch
     assert out.count("checkpoint ") == 1 and "waiting for 2 processes at " in out and quiet == ""  # one process speaks
     state = load_checkpoint(tmp_path / "run" / "latest.pt")
     assert [e["loss"] for e in state["history"]] == [e["loss"] for e in by_torchrun["history"]]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["latest.pt", "log.txt", "run.json", "step_00000020.pt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "latest.pt",
+        "log.txt",
+        "metrics.csv",
+        "run.json",
+        "step_00000020.pt",
+    ]
 
 
 def test_a_refusal_reaches_every_process(tmp_path):

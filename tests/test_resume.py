@@ -257,11 +257,11 @@ def test_the_newest_stay_and_every_so_many_epochs_for_good(cfg):
     cfg.hardware.checkpoint_every, cfg.hardware.keep_checkpoints, cfg.hardware.keep_every = 1, 2, 3
     latest = launch_pretraining(cfg).checkpoint
     kept = [HALF * epoch for epoch in (3, 6, 7)]
-    assert names(latest.parent) == ["latest.pt", "log.txt", "run.json", *(f"step_{step:08d}.pt" for step in kept)]
+    assert names(latest.parent) == ["latest.pt", "log.txt", "metrics.csv", "run.json", *(f"step_{step:08d}.pt" for step in kept)]
     assert latest.samefile(latest.with_name(f"step_{7 * HALF:08d}.pt"))
     cfg.hardware.output_dir, cfg.hardware.keep_checkpoints, cfg.hardware.keep_every = str(latest.parent.parent / "one"), 1, 0
     latest = launch_pretraining(cfg).checkpoint
-    assert names(latest.parent) == ["latest.pt", "log.txt", "run.json", f"step_{7 * HALF:08d}.pt"]
+    assert names(latest.parent) == ["latest.pt", "log.txt", "metrics.csv", "run.json", f"step_{7 * HALF:08d}.pt"]
 
 
 def test_checkpoints_for_good_do_not_wait_for_the_others(cfg):
@@ -289,7 +289,7 @@ def test_auto_passes_over_a_damaged_checkpoint_and_says_so(cfg, whole, capsys):
     assert f"passed over: {newest} is truncated, damaged" in out and f"step_{HALF:08d}.pt at step {HALF}" in out
     assert "passed over" in (latest.parent / "log.txt").read_text()
     assert_same(result.checkpoint, whole)
-    assert names(latest.parent / "earlier-1") == [newest.name]  # not lost, and not taken for good
+    assert names(latest.parent / "earlier-1") == ["metrics.csv", newest.name]  # not lost, and not taken for good
     assert result.checkpoint.samefile(newest)
 
 
@@ -318,7 +318,7 @@ def test_latest_that_is_older_than_a_newer_checkpoint_stays(cfg, whole):
     os.link(latest.with_name(f"step_{HALF:08d}.pt"), latest)
     run = Pretraining(cfg, resume=latest)
     assert run.step == load_checkpoint(latest)["step"] == HALF
-    assert names(latest.parent / "earlier-1") == [f"step_{STEPS:08d}.pt"]
+    assert names(latest.parent / "earlier-1") == ["metrics.csv", f"step_{STEPS:08d}.pt"]
     run.run()
     assert_same(latest, whole)
 
@@ -330,11 +330,11 @@ def test_starting_afresh_moves_an_earlier_run_aside(cfg, whole, capsys):
     for number in (1, 2):
         launch_pretraining(cfg)
         assert f"is now in {latest.parent / f'earlier-{number}'}" in capsys.readouterr().out
-    assert names(latest.parent / "earlier-1") == ["log.txt", "run.json", f"step_{STEPS:08d}.pt"]
+    assert names(latest.parent / "earlier-1") == ["log.txt", "metrics.csv", "run.json", f"step_{STEPS:08d}.pt"]
     assert_same(latest.parent / "earlier-1" / f"step_{STEPS:08d}.pt", whole)
     assert (latest.parent / "earlier-1" / "log.txt").read_text() == lines
     assert load_checkpoint(latest)["step"] == HALF
-    assert names(latest.parent) == ["earlier-1", "earlier-2", "latest.pt", "log.txt", "run.json", f"step_{HALF:08d}.pt"]
+    assert names(latest.parent) == ["earlier-1", "earlier-2", "latest.pt", "log.txt", "metrics.csv", "run.json", f"step_{HALF:08d}.pt"]
 
 
 def test_going_back_to_an_older_checkpoint_moves_the_newer_ones_aside(cfg, whole):
@@ -343,7 +343,7 @@ def test_going_back_to_an_older_checkpoint_moves_the_newer_ones_aside(cfg, whole
     half = latest.with_name(f"step_{HALF:08d}.pt")
     with pytest.raises(Ended):
         end_after(cfg, HALF + 2, die, resume=half)
-    assert names(latest.parent) == ["earlier-1", "latest.pt", "log.txt", "run.json", half.name]
+    assert names(latest.parent) == ["earlier-1", "latest.pt", "log.txt", "metrics.csv", "run.json", half.name]
     assert latest.samefile(half)
     assert_same(launch_pretraining(cfg, resume="auto").checkpoint, whole)
 

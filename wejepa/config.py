@@ -202,6 +202,7 @@ class HardwareConfig(Section):
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints within an epoch; 0 for none", low=0)
     keep_checkpoints: int = setting(2, "newest checkpoints to keep: the rest of a run goes on where one is damaged", low=1)
     keep_every: int = setting(0, "epochs whose checkpoints are kept for good: every so many; 0 for none", low=0)
+    tensorboard: bool = setting(False, "write every step for TensorBoard too, into output_dir/tensorboard; needs the package tensorboard")
     output_dir: str = setting("outputs/pretrain", "folder for the checkpoints and the log")
 
 

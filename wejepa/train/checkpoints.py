@@ -41,7 +41,7 @@ FREE = {
     "optimizer": {"accumulation_steps"},
     "hardware": {
         "device", "mixed_precision", "compile_model", "shard_model",
-        "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every", "output_dir",
+        "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every", "output_dir", "tensorboard",
     },
 }  # fmt: skip
 

@@ -23,10 +23,12 @@ from wejepa.train.checkpoints import Expected, flush_folder, read_training_state
 from wejepa.train.lock import FolderLock
 from wejepa.train.ranks import Ranks
 
-__all__ = ["LATEST", "LOG", "RUN", "CheckpointFolder", "about_run", "resume_from"]
+__all__ = ["EVENTS", "LATEST", "LOG", "METRICS", "RUN", "CheckpointFolder", "about_run", "resume_from"]
 
 LATEST = "latest.pt"
 LOG = "log.txt"
+METRICS = "metrics.csv"  # a line a step
+EVENTS = "tensorboard"  # a folder
 RUN = "run.json"  # which run the folder belongs to
 
 
@@ -80,8 +82,13 @@ class CheckpointFolder:
             elif not self.latest.exists() or any(self.latest.samefile(path) for path in stale):
                 self.latest.unlink(missing_ok=True)
             if stale and not same:
-                stale += [path for path in (self.folder / LOG, self.folder / RUN) if path.is_file()]
-            moved = self._move_aside(stale)
+                stale += [path for name in (LOG, RUN, METRICS, EVENTS) if (path := self.folder / name).exists()]
+            earlier = self._move_aside(stale)
+            if resumed is not None and (metrics := resumed.parent / METRICS).exists():
+                if not same:
+                    shutil.copyfile(metrics, self.folder / METRICS)
+                elif stale:  # the run goes on from an earlier step than it had reached, and cuts off the later ones
+                    shutil.copyfile(metrics, earlier / METRICS)
             if same and resumed.name != LATEST:
                 self._link(resumed)
             with open(self.folder / LOG, "a"):  # a folder that cannot be written to is refused now, not after hours
@@ -90,7 +97,7 @@ class CheckpointFolder:
             self._write_about()  # last: a run that dies before has not begun
         except OSError as error:
             raise CheckpointError(f"cannot write to {self.folder} ({error}): choose another hardware.output_dir") from error
-        return moved
+        return f"what an earlier run left in {self.folder} is now in {earlier}" if earlier else None
 
     def take_again(self) -> None:
         """Lock the folder for a run that had let go of it, if no other run has begun there since.
@@ -177,7 +184,8 @@ class CheckpointFolder:
     def _latest_is_alone(self) -> bool:
         return self.latest.exists() and not any(self.latest.samefile(path) for path in self._numbered())
 
-    def _move_aside(self, paths: list[Path]) -> str | None:
+    def _move_aside(self, paths: list[Path]) -> Path | None:
+        """Move them into a new folder earlier-1, -2, ...; returns it, or None where there is nothing to move."""
         if not paths:
             return None
         number = 1
@@ -187,7 +195,7 @@ class CheckpointFolder:
         earlier.mkdir()
         for path in paths:
             path.rename(earlier / path.name)
-        return f"what an earlier run left in {self.folder} is now in {earlier}"
+        return earlier
 
 
 def _remove(path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from wejepa.memory import freed_memory_kept
 from wejepa.model import IJEPA_base, IJepaLoss, ijepa_loss
 from wejepa.paths import path_of
 from wejepa.seeds import generator_for
-from wejepa.train.callbacks import Callback, LogFile, Monitor
+from wejepa.train.callbacks import Callback, LogFile, Monitor, tensorboard_writer
 from wejepa.train.checkpoints import MOMENTS, Expected, own_parts
 from wejepa.train.folder import LOG, CheckpointFolder, resume_from
 from wejepa.train.interruption import Interruption, RunInterrupted, RunStopped
@@ -48,6 +49,8 @@ class Pretraining:
         model: what is trained, in place: an `IJEPA_base` of the config's sizes, whose parts may be your own; the run begins with its
             weights (with several processes, those of the first). By default a new one, its weights drawn by the seed.
         loss: a function of predictions and targets, each (B, M, Nt, D), that gives one number, ().
+        monitor: a function of the model that gives numbers by name for the history, called at the end of every epoch, on the first process
+            (with `hardware.shard_model` on all); by default `wejepa.train.callbacks.Monitor`.
         callbacks: told of every step and epoch, see `wejepa.train.callbacks`.
 
     A run with a source, model or loss of its own is resumed with the same ones: a checkpoint holds the weights and the names of these.
@@ -64,6 +67,7 @@ class Pretraining:
         source: Source | None = None,
         model: IJEPA_base | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] = ijepa_loss,
+        monitor: Callable[[IJEPA_base], dict[str, Any]] | None = None,
         callbacks: Iterable[Callback] = (),
     ):
         cfg.validate()
@@ -90,12 +94,12 @@ class Pretraining:
         weakref.finalize(self, self.checkpoints.lock.release)
         try:
             with self.ranks.naming_lost_ones():
-                self._begin(resume, model, loss)
+                self._begin(resume, model, loss, monitor)
         except BaseException:
             self.checkpoints.lock.release()
             raise
 
-    def _begin(self, resume: str | Path | None, model: IJEPA_base | None, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def _begin(self, resume: str | Path | None, model: IJEPA_base | None, loss: Callable, monitor: Callable | None) -> None:
         """The model and the optimizer, as they are at the first step or as a checkpoint holds them, and the folder made ready."""
         h = self.cfg.hardware
         torch.manual_seed(h.seed)  # the initial weights; all later choices have generators of their own
@@ -106,7 +110,7 @@ class Pretraining:
             self.model.cfg = self.cfg.copy()
             self.ranks.share(self.model.state_dict().values())
         self.parts = own_parts(self.model, loss)
-        self.monitor = Monitor(self.cfg, self.source, self.model)
+        self.monitor = Monitor(self.cfg, self.source, self.model) if monitor is None else partial(monitor, self.model)
         dtype = precision(self.device, h.mixed_precision)
         if h.shard_model:
             shard(self.model, self.ranks, dtype)
@@ -294,8 +298,9 @@ class Pretraining:
                 self.log.write(f"step {step}: its gradient overflows float16 and changes no weights; the loss is scaled down")
             self.losses.append(loss)
             self.seconds = time.perf_counter() - begun
+            then = self.schedule(step - 1)
             for callback in self.callbacks:
-                callback.on_step(step, {"loss": loss})
+                callback.on_step(step, {"loss": loss, "gradient_norm": norm, **vars(then)})
         return int(signum), bool(due), bool(fault)
 
     def _log_unreadable(self) -> None:
@@ -390,13 +395,15 @@ def load_once_per_node(cfg: IJepaConfig, ranks: Ranks) -> Source:
 
 
 def check_parts(cfg: IJepaConfig, ranks: Ranks) -> None:
-    """Refuse a batch that the processes and accumulated parts cannot share evenly, and shards without processes."""
+    """Refuse a batch that the processes and accumulated parts cannot share evenly, shards without processes, and what is not installed."""
     batch, world, parts = cfg.data.train_batch_size, ranks.world, cfg.optimizer.accumulation_steps
     if batch % (world * parts):
         raise ConfigError(
             f"data.train_batch_size = {batch} does not divide by {world} processes times optimizer.accumulation_steps = {parts}: "
             f"take {math.ceil(batch / (world * parts)) * world * parts}"
         )
+    if cfg.hardware.tensorboard:
+        tensorboard_writer()
     if cfg.hardware.shard_model and not torch.distributed.is_initialized():
         raise ConfigError("hardware.shard_model = true needs several processes: start them with torchrun, or set it to false")
 

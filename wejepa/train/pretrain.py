@@ -63,6 +63,7 @@ def launch_pretraining(
     source: Source | None = None,
     model: IJEPA_base | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    monitor: Callable[[IJEPA_base], dict[str, Any]] | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> PretrainResult:
     """Pretrain by a config, printing one line an epoch.
@@ -71,7 +72,10 @@ def launch_pretraining(
         cfg: the config; see `IJepaConfig.summary`.
         resume: a checkpoint to go on from; "auto" for the newest good one in `hardware.output_dir`, if any; None to start afresh,
             which moves what an earlier run has left there into a folder earlier-1, -2, ... in it.
-        source, model, loss, callbacks: your own images, model, loss (`wejepa.model.ijepa_loss` for None) and logging, see `Pretraining`.
+        source, model, loss, monitor, callbacks: your own images, model, loss (`wejepa.model.ijepa_loss` for None), measurement and logging,
+            see `Pretraining`.
+
+    Beside the checkpoints `hardware.output_dir` gets log.txt, metrics.csv with every step, and with `hardware.tensorboard` event files.
 
     With several processes (torchrun, srun and others, see `wejepa.train.launchers`) each calls this; `data.train_batch_size` is what they
     all take together. After a restart by torchrun the run goes on from the newest checkpoint that the job has written, whatever `resume`.
@@ -81,16 +85,21 @@ def launch_pretraining(
         RunInterrupted: SIGINT or SIGTERM came; the checkpoint of the last whole step is written. A KeyboardInterrupt.
     """
     from wejepa.model import ijepa_loss
-    from wejepa.train.callbacks import EpochTable
+    from wejepa.train.callbacks import EpochTable, MetricsFile, TensorBoard
     from wejepa.train.checkpoints import load_model
+    from wejepa.train.folder import EVENTS, METRICS
     from wejepa.train.interruption import RunInterrupted, RunStopped
     from wejepa.train.loop import Pretraining
 
-    run = Pretraining(cfg, resume, source=source, model=model, loss=loss or ijepa_loss, callbacks=callbacks)
+    run = Pretraining(cfg, resume, source=source, model=model, loss=loss or ijepa_loss, monitor=monitor, callbacks=callbacks)
     if run.ranks.first:
         table = EpochTable(run.log)
         table.begin(run.history)
-        run.callbacks.insert(0, table)
+        metrics = MetricsFile(run.output / METRICS, run.step)
+        if metrics.missing:
+            run.log.write(f"{metrics.path} lacks {metrics.missing} of the first {run.step} steps: what had them was removed")
+        own = [table, metrics] + ([TensorBoard(run.output / EVENTS, run.step)] if cfg.hardware.tensorboard else [])
+        run.callbacks[:0] = own
     try:
         checkpoint = run.run()
     except (RunInterrupted, RunStopped):  # which all processes raise at the same step
