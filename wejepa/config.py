@@ -106,6 +106,7 @@ class DataConfig(Section):
     max_unreadable_share: float = setting(
         0.05, "share of an image folder's files that may be unreadable; they are passed over", low=0, high=1
     )
+    num_crops: int = setting(1, "crops of each image in an update, each with masks of its own", low=1, high=64)
     crop_scale: tuple[float, float] = setting((0.8, 1.0), "share of the image that a random crop keeps", low=0.01, high=1)
     horizontal_flip: bool = setting(True, "mirror every second training image")
 
@@ -119,6 +120,7 @@ class MaskConfig(Section):
     context_scale: tuple[float, float] = setting((0.85, 1.0), "area of the context block, as a share of the grid", low=0.01, high=1)
     context_aspect_ratio: tuple[float, float] = setting((1.0, 1.0), "height over width of the context block", low=0.1, high=10)
     num_target_blocks: int = setting(4, "target blocks per image", low=1, high=64)
+    num_contexts: int = setting(1, "contexts per crop, each with target blocks of its own; the teacher sees the crop once", low=1, high=64)
     context_share: float = setting(0.33, "share of the grid that the student sees: the same number in every image", low=0.01, high=0.99)
 
     def num_context_patches(self, grid_size: tuple[int, int]) -> int:
@@ -319,10 +321,10 @@ class IJepaConfig:
         source = f"FakeData ({d.fake_data_size} noise images)" if d.use_fake_data else d.dataset
         kind = m.classification_backbone or f"ViT, width {m.embed_dim}, depth {m.enc_depth}, {m.num_heads} heads"
         lines = {
-            "data": f"{source}, batches of {d.train_batch_size}",
+            "data": f"{source}, batches of {d.train_batch_size}" + (f", {d.num_crops} crops of each image" if d.num_crops > 1 else ""),
             "image": f"{m.img_size} x {m.img_size} x {m.in_chans}, patch {m.patch_size} -> {rows} x {cols} = {rows * cols} patches",
             "masks": f"{k.num_context_patches((rows, cols))} context patches; {k.num_target_blocks} target blocks of "
-            f"{k.target_scale[0]:g} to {k.target_scale[1]:g} of the image",
+            f"{k.target_scale[0]:g} to {k.target_scale[1]:g} of the image" + (f"; {k.num_contexts} times" if k.num_contexts > 1 else ""),
             "encoder": kind,
             "predictor": f"width {m.pred_dim}, depth {m.pred_depth}" + (", one sequence a target block" if m.blockwise_prediction else ""),
             "optimizer": f"{o.epochs} epochs, rate {o.start_learning_rate:g} -> {o.base_learning_rate:g} -> {o.final_learning_rate:g}, "

@@ -171,6 +171,12 @@ def ijepa_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     return F.smooth_l1_loss(predictions.float(), targets.float())
 
 
+def for_each_context(x: Tensor, masks: Masks) -> Tensor:
+    """Images or their tokens (B / K, ...), each repeated for its K contexts: (B, ...)."""
+    contexts = len(masks.context) // len(x)
+    return x if contexts == 1 else x.repeat_interleave(contexts, dim=0)
+
+
 class IJEPA_base(nn.Module):
     """Student, teacher and predictor: the whole of I-JEPA.
 
@@ -231,18 +237,19 @@ class IJEPA_base(nn.Module):
         """Predict the targets' representations from the context's.
 
         Args:
-            images: (B, C, height, width), normalised, on any device.
-            masks: context (B, Nc) and targets (B, M, Nt), from `wejepa.masking.sample_block_masks`, on any device.
+            images: (B / K, C, height, width), normalised, on any device.
+            masks: context (B, Nc) and targets (B, M, Nt), from `wejepa.masking.sample_block_masks`, on any device. Each image has K
+                contexts in a row, usually one; the teacher sees it once for all of them.
 
         Returns:
             (predictions, targets), each (B, M, Nt, D), on the model's device; the targets are layer-normalised and carry no gradient.
         """
         images, masks = images.to(self.device), masks.to(self.device)
         grid_size = self.student_encoder.token_grid(images)
-        context = self.student_encoder(images, keep=masks.context)  # (B, Nc, D)
+        context = self.student_encoder(for_each_context(images, masks), keep=masks.context)  # (B, Nc, D)
         predictions = self.predictor(context, masks, grid_size)  # (B, M, Nt, D)
         with torch.no_grad():
-            tokens = self.teacher_encoder(images)  # (B, N, D)
+            tokens = for_each_context(self.teacher_encoder(images), masks)  # (B, N, D)
             hidden = take(tokens, masks.targets.flatten(1)).float()  # (B, M * Nt, D)
             targets = F.layer_norm(hidden, hidden.shape[-1:]).view(*masks.targets.shape, -1)
         return predictions, targets

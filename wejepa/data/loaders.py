@@ -62,6 +62,8 @@ def training_batches(
 ) -> Iterator[Tensor]:
     """The augmented batches (B, C, S, S) of one epoch, each image once; a short last batch is left out.
 
+    With `data.num_crops`, B is that many times `data.train_batch_size`: the crops of an image follow one another.
+
     Args:
         source: the images.
         cfg: its `data` section gives the size of a batch and the crops, its `hardware` section the seed.
@@ -75,7 +77,8 @@ def training_batches(
     """
     steps, size, seed = steps_per_epoch(source, cfg), cfg.data.train_batch_size, cfg.hardware.seed
     order = torch.randperm(len(source), generator=generator_for(seed, epoch))
-    index = order[: steps * size].view(steps, size)[first_step:]
+    index = order[: steps * size].view(steps, size)[first_step:].repeat_interleave(cfg.data.num_crops, dim=1)
+    size *= cfg.data.num_crops
     crops = [random_crops(size, cfg, generator_for(seed, epoch, step)) for step in range(first_step, steps)]
     rank, ranks = part
     mine = slice(rank * size // ranks, (rank + 1) * size // ranks)

@@ -137,7 +137,7 @@ class Pretraining:
     # ------------------------------------------------------------ one step
 
     def train_step(self, images: Tensor) -> Tensor:
-        """One update on this process's images (B / ranks, C, S, S); returns their mean loss before it, () on the device.
+        """One update on this process's crops (B / ranks, C, S, S); returns their mean loss before it, () on the device.
 
         Nothing here waits for an accelerator. There and here, a loss or gradient that is not finite changes neither student nor teacher.
 
@@ -146,7 +146,8 @@ class Pretraining:
         """
         cfg, now, world = self.cfg, self.schedule(self.step), self.ranks.world
         # Every process draws the masks of the whole batch and takes its part: the number of processes changes nothing.
-        masks = sample_block_masks(len(images) * world, cfg.grid_size, cfg.mask, generator_for(cfg.hardware.seed, self.step, MASKS))
+        count = len(images) * cfg.mask.num_contexts * world
+        masks = sample_block_masks(count, cfg.grid_size, cfg.mask, generator_for(cfg.hardware.seed, self.step, MASKS))
         masks = masks.part(self.ranks.rank, world)
         for group in self.optimizer.param_groups:
             group["lr"] = now.learning_rate
