@@ -169,6 +169,9 @@ class ModelConfig(Section):
     pred_mlp_ratio: float = setting(0.0, "the same in the predictor; 0 for the encoder's", low=0, high=16)
     blockwise_prediction: bool = setting(False, "predict each target block in a sequence of its own, as the paper does; false: all in one")
     norm_eps: float = setting(1e-6, "what the encoder's layer norms add to the variance", low=0, high=0.1)
+    start_from: str | None = setting(
+        None, "weights that a new run begins with: our checkpoint, Meta's .pth.tar, a Hugging Face folder or name", optional=True
+    )
     classification_backbone: str | None = setting(None, "a torchvision classifier as encoder, or null for our own", optional=True)
     classification_pretrained: bool = setting(False, "start from torchvision's published weights")
     classification_frozen: bool = setting(False, "leave the encoder as it starts: the predictor alone learns")
@@ -296,6 +299,11 @@ class IJepaConfig:
             for name in ("classification_pretrained", "classification_frozen"):
                 if getattr(m, name):
                     raise ConfigError(f"model.{name} = true needs model.classification_backbone: name one, such as 'vit_b_16'")
+        if m.start_from and m.classification_pretrained:
+            raise ConfigError(
+                f"model.classification_pretrained = true and model.start_from = {m.start_from!r} both say what the encoder begins with: "
+                f"set one of them"
+            )
         # A network of stages has heads of its own, or none: only the predictor has the config's.
         widths = {n: getattr(m, n) for n in ("embed_dim", "pred_dim") if n == "pred_dim" or m.classification_backbone not in STAGE_WIDTHS}
         for name, width in widths.items():
@@ -325,7 +333,7 @@ class IJepaConfig:
             "image": f"{m.img_size} x {m.img_size} x {m.in_chans}, patch {m.patch_size} -> {rows} x {cols} = {rows * cols} patches",
             "masks": f"{k.num_context_patches((rows, cols))} context patches; {k.num_target_blocks} target blocks of "
             f"{k.target_scale[0]:g} to {k.target_scale[1]:g} of the image" + (f"; {k.num_contexts} times" if k.num_contexts > 1 else ""),
-            "encoder": kind,
+            "encoder": kind + (f", begun from {m.start_from}" if m.start_from else ""),
             "predictor": f"width {m.pred_dim}, depth {m.pred_depth}" + (", one sequence a target block" if m.blockwise_prediction else ""),
             "optimizer": f"{o.epochs} epochs, rate {o.start_learning_rate:g} -> {o.base_learning_rate:g} -> {o.final_learning_rate:g}, "
             f"decay {o.weight_decay:g} -> {o.final_weight_decay:g}, momentum {o.momentum_teacher:g} -> {o.momentum_teacher_final:g}",

@@ -60,14 +60,48 @@ FILE = re.compile(r"\.(pt|pth|pt2|tar|bin|ckpt|onnx|safetensors|json)$")  # what
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # of the published vision transformers, by their width
 
 
+def read_weights(source: str | Path, num_heads: int | None = None) -> tuple[IJEPA_base, str]:
+    """Weights of any kind that is read here, as a model in evaluation mode whose predictor is None where they have none.
+
+    Args:
+        source: our checkpoint; a file in Meta's layout (.pth.tar, .pth); a folder in Hugging Face's format, or a name on the hub.
+        num_heads: see `from_meta`.
+
+    Returns:
+        The model, and which of its parts the weights became, in words.
+
+    Raises:
+        CheckpointError, ConfigError: see `load_model`, `from_meta` and `from_huggingface`.
+    """
+    path = path_of(source)
+    if path.name.endswith((".pth.tar", ".pth")):
+        return read_meta(path, "target_encoder", num_heads)
+    if path.name.endswith(".pt") or path.is_file():
+        model = load_model(path)
+        return model, "teacher taken as teacher, student as student" + (", predictor as predictor" if model.predictor else "")
+    return read_huggingface(source)
+
+
+def told(where: Any, model: IJEPA_base, taken: str) -> IJEPA_base:
+    """The model, with a predictor in any case, once it is said where its parts come from."""
+    if model.predictor is None:
+        model.predictor, taken = Predictor(model.cfg).eval(), f"{taken}; the predictor is freshly initialised"
+    print_line(f"{where}: {taken}")
+    return model
+
+
 # ---------------------------------------------------------------- Hugging Face
 
 
 def from_huggingface(model_or_folder: nn.Module | str | Path) -> IJEPA_base:
     """An I-JEPA of Hugging Face's, as a model in evaluation mode.
 
-    There is one encoder: it becomes the teacher and, in memory of its own, the student. The predictor, which these checkpoints lack, is
-    freshly initialised: half as wide as the encoder, 6 deep. The converted checkpoints of Meta's hold `encoder`, the context encoder.
+    Hugging Face's format has one encoder. In the checkpoints that were converted from Meta's (facebook/ijepa_vith14_1k and others) it is
+    Meta's context encoder, `encoder`: what we call the student, and not the target encoder that the paper evaluates. Here it becomes both:
+    the teacher and, in memory of its own, the student. For Meta's target encoder read Meta's file, see `from_meta`.
+
+    The predictor, which these checkpoints lack, is freshly initialised: half as wide as the encoder, 6 deep, asked for all target blocks in
+    one sequence.
 
     Args:
         model_or_folder: a transformers.IJepaModel; a folder with config.json and safetensors; or a name on the hub, which is downloaded.
@@ -76,6 +110,14 @@ def from_huggingface(model_or_folder: nn.Module | str | Path) -> IJEPA_base:
         CheckpointError: no such folder or name, a key that is missing, unexpected or of another shape, or a variant that is not I-JEPA's.
         ConfigError: a package of the extra is not installed.
     """
+    if isinstance(model_or_folder, nn.Module):
+        return told(type(model_or_folder).__name__, *read_huggingface(model_or_folder))
+    folder = local_folder(model_or_folder)
+    return told(folder, *read_huggingface(folder))
+
+
+def read_huggingface(model_or_folder: nn.Module | str | Path) -> tuple[IJEPA_base, str]:
+    """As `from_huggingface`, without a predictor; and what was taken as what, in words."""
     if isinstance(model_or_folder, nn.Module):
         where, config = type(model_or_folder).__name__, model_or_folder.config.to_dict()
         found = {name: value.to("cpu", copy=True) for name, value in in_file_names(model_or_folder.state_dict()).items()}
@@ -91,9 +133,8 @@ def from_huggingface(model_or_folder: nn.Module | str | Path) -> IJEPA_base:
     again = {} if isinstance(model_or_folder, nn.Module) else read_safetensors(folder)
     own = {o: again[t[0]].float() if again and len(t) == 1 else weights[o].clone() for o, t in names.items()}
     model.student_encoder.load_state_dict(own, assign=True)
-    model.predictor = Predictor(cfg)
-    print_line(f"{where}: its one encoder taken as teacher and student; the predictor is freshly initialised")
-    return model.eval()
+    model.predictor = None
+    return model.eval(), "its one encoder (in Meta's published weights the context encoder) taken as teacher and student"
 
 
 def to_huggingface(model: IJEPA_base, folder: str | Path, encoder: str = "teacher") -> Path:
@@ -194,6 +235,11 @@ def local_folder(name: str | Path) -> Path:
         ) from error
 
 
+def local_copy(source: str | Path) -> str | Path:
+    """A path as it was given; a name on the hub as the folder that it was downloaded into."""
+    return source if path_of(source).exists() or looks_local(str(source)) else local_folder(source)
+
+
 def looks_local(name: str) -> bool:
     """Whether a name is meant as a path, though nothing is there: the hub is never asked for a path that was mistyped."""
     parent = path_of(name).parent
@@ -246,6 +292,11 @@ def from_meta(path: str | Path, encoder: str = "target_encoder", num_heads: int 
         ConfigError: an encoder that is not known, or a width whose heads are not.
     """
     path = path_of(path)
+    return told(path, *read_meta(path, encoder, num_heads))
+
+
+def read_meta(path: Path, encoder: str, num_heads: int | None) -> tuple[IJEPA_base, str]:
+    """As `from_meta`; and what was taken as what, in words."""
     if encoder not in ("target_encoder", "encoder"):
         raise ConfigError(f"encoder = {encoder!r}: give 'target_encoder' or 'encoder'")
     if not path.is_file():
@@ -275,8 +326,7 @@ def from_meta(path: str | Path, encoder: str = "target_encoder", num_heads: int 
         model.teacher_encoder.load_state_dict(
             {name: value.clone() for name, value in model.student_encoder.state_dict().items()}, assign=True
         )
-    print_line(f"{path}: {encoder} taken as teacher, encoder as student, predictor as predictor")
-    return model.eval()
+    return model.eval(), f"{encoder} taken as teacher, encoder as student, predictor as predictor"
 
 
 def config_of_meta(parts: dict[str, dict[str, Tensor]], num_heads: int | None, path: Path) -> IJepaConfig:
@@ -464,10 +514,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        if args.source.endswith((".pth.tar", ".pth")):
-            model = from_meta(args.source, num_heads=args.num_heads)
-        else:
-            model = load_model(args.source) if args.source.endswith(".pt") else from_huggingface(args.source)
+        model = told(args.source, *read_weights(args.source, args.num_heads))
         if args.target.suffix == ".pt":
             save_model(args.target, model, source=args.source)
         else:

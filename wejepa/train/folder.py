@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wejepa.config import IJepaConfig
 from wejepa.errors import CheckpointError
@@ -22,6 +23,7 @@ from wejepa.paths import path_of
 from wejepa.train.checkpoints import Expected, flush_folder, read_training_state, save_checkpoint
 from wejepa.train.lock import FolderLock
 from wejepa.train.ranks import Ranks
+from wejepa.train.start import starting_weights
 
 __all__ = ["EVENTS", "LATEST", "LOG", "METRICS", "RUN", "CheckpointFolder", "about_run", "resume_from"]
 
@@ -228,8 +230,10 @@ def about_run(cfg: IJepaConfig, job: str | None = None) -> dict[str, Any]:
 
 def resume_from(
     resume: str | Path | None, folder: CheckpointFolder, expected: Expected, ranks: Ranks, log: Callable[[str], None]
-) -> dict[str, Any] | None:
+) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
     """Lock the output folder, choose the checkpoint to go on from, and make the folder ready. Every process of the run calls it.
+
+    Where the run starts afresh from `model.start_from`, those weights are read before the folder is made ready.
 
     Args:
         resume: a checkpoint; "auto" for the newest good one in the folder, if any; None to start afresh. All three hold for a job's first
@@ -240,10 +244,11 @@ def resume_from(
         log: gets a line for whatever was passed over or moved.
 
     Returns:
-        The state in it, or None where the run starts afresh.
+        The state in it, or None where the run starts afresh; and the weights to begin with, none where they are those of the seed.
 
     Raises:
-        CheckpointError: another process trains there; or the checkpoint, or every one that is there, cannot be resumed. In all processes.
+        CheckpointError: another process trains there; or the checkpoint, or every one that is there, cannot be resumed; or the weights
+            to start from do not fit. In all processes.
     """
     about = about_run(expected.cfg, ranks.job)
 
@@ -267,11 +272,14 @@ def resume_from(
     if paths and state is None:
         first = notes[0].removeprefix("passed over: ")
         raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder.folder} can be resumed: {first}")
+    weights, begun = (state["model"], None) if state else ({}, None)
+    if state is None and expected.cfg.model.start_from:
+        weights, begun = starting_weights(expected, ranks)
     # All have read it before files are moved.
     step = state["step"] if state else 0
     moved = ranks.once(lambda: folder.begin(path, step, about))
     if ranks.first:
-        for line in [*notes, without_locks, moved, f"going on from {path} at step {step}" if path else None]:
+        for line in [*notes, without_locks, moved, begun or (f"going on from {path} at step {step}" if path else None)]:
             if line:
                 log(line)
-    return state
+    return state, weights

@@ -47,7 +47,8 @@ class Pretraining:
         resume: a checkpoint to go on from; "auto" for the newest good one in the output folder, if any; None to start afresh.
         source: images of your own in place of those that the config names: `wejepa.data.as_source(dataset, cfg)`, or a `Source`.
         model: what is trained, in place: an `IJEPA_base` of the config's sizes, whose parts may be your own; the run begins with its
-            weights (with several processes, those of the first). By default a new one, its weights drawn by the seed.
+            weights (with several processes, those of the first). By default a new one, its weights drawn by the seed. `model.start_from`
+            replaces the weights of either.
         loss: a function of predictions and targets, each (B, M, Nt, D), that gives one number, ().
         monitor: a function of the model that gives numbers by name for the history, called at the end of every epoch, on the first process
             (with `hardware.shard_model` on all); by default `wejepa.train.callbacks.Monitor`.
@@ -118,10 +119,10 @@ class Pretraining:
             self.model.to(self.device)
         weights = self.model.state_dict()
         expected = Expected(self.cfg, weights, self._trained(), self.steps_per_epoch, self.source.fingerprint, self.parts)
-        state = resume_from(resume, self.checkpoints, expected, self.ranks, self.log.write)
+        state, given = resume_from(resume, self.checkpoints, expected, self.ranks, self.log.write)
+        for name, value in given.items():
+            weights[name].copy_(spread_like(value, weights[name]))
         if state is not None:
-            for name, value in weights.items():
-                value.copy_(spread_like(state["model"][name], value))
             self.step, self.history = state["step"], state["history"]
             self.losses, self.seconds = state["losses"], state["seconds"]
         self.loss = self.ranks.wrap(IJepaLoss(self.model, loss), h.shard_model)
