@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wejepa.config import IJepaConfig, MaskConfig, default_config, hf224_config, parse_override
+from wejepa.config import settings as described
 from wejepa.errors import ConfigError, WejepaError
 
 PRESETS = (default_config, hf224_config)
@@ -388,6 +389,36 @@ def test_parse_override_refuses_what_names_no_setting(text):
     with pytest.raises(ConfigError, match=r"section\.field=value") as caught:
         parse_override(text)
     assert repr(text) in str(caught.value)
+
+
+def test_every_setting_is_told_with_default_range_and_help():
+    told = described()
+    assert list(told) == [f"{section}.{name}" for section, values in default_config().to_dict().items() for name in values]
+    assert told["optimizer.epochs"] == "passes over the training images (default 30; 1 or more)"
+    assert told["data.crop_scale"].endswith("(default [0.8, 1.0]; 0.01 to 1)")
+    assert told["model.classification_backbone"].endswith("(default null; a name or null)")
+    assert told["data.horizontal_flip"].endswith("(default true; true or false)")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("optimizer.epoch=3", "did you mean 'epochs'? optimizer.epochs: passes over the training images (default 30; 1 or more)"),
+        ("data.epochs=3", "did you mean optimizer.epochs? passes over"),
+        ("data.mirror=true", "did you mean data.horizontal_flip? mirror every second training image"),
+        ("optimizer.zzz=1", "known: accumulation_steps, "),
+    ],
+)
+def test_an_unknown_setting_is_answered_from_the_help_texts(text, told):
+    section, name, value = parse_override(text)
+    with pytest.raises(ConfigError) as caught:
+        IJepaConfig.from_dict({section: {name: value}})
+    assert told in str(caught.value)
+
+
+def test_a_setting_without_its_section_is_answered_with_it():
+    with pytest.raises(ConfigError, match="such as data.num_workers=5"):
+        parse_override("num_workers=3")
 
 
 def test_a_config_is_read_without_torch():

@@ -143,6 +143,7 @@ def on_fake_cuda(model: nn.Module) -> nn.Module:
 WITH_A_MODEL = {
     "IJEPA_base.forward": (lambda model, x, masks: model(x, masks), "cuda"),
     "IJEPA_base.encode": (lambda model, x, masks: [model.encode(x), model.encode(x, "student")], "cuda"),
+    "IJEPA_base.features": (lambda model, x, masks: [model.features(x), model.features(x, "grid")], "cuda"),
     "IJepaLoss": (lambda model, x, masks: [IJepaLoss(model)(x, masks)], "cuda"),
     "record_attention": (lambda model, x, masks: attention.record_attention(model, x), "cpu"),
     "attention_rollout": (lambda model, x, masks: [attention.attention_rollout(attention.record_attention(model, x))], "cpu"),

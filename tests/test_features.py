@@ -169,3 +169,15 @@ def test_tsne_keeps_clusters_together_and_repeats():
 
 def test_tsne_of_few_points():
     assert run_tsne_projection(seeded(8, 4), perplexity=30.0).shape == (8, 2)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_features_are_the_teachers_tokens_pooled_in_one_line(pooling):
+    cfg = IJepaConfig()
+    model, images = IJEPA_base(cfg), torch.randn(3, 3, 48, 32)  # another size than the config's
+    torch.nn.init.zeros_(model.student_encoder.norm.weight)
+    features = model.features(images, pooling)
+    assert torch.equal(features, pool_tokens(model.encode(images), (12, 8), pooling)) and not features.requires_grad and model.training
+    assert features.shape == (3, {"mean": 64, "grid": 16 * 64}[pooling]) and features.std() > 0
+    with pytest.raises(ConfigError, match="pooling = 'max'"):
+        model.features(images, "max")

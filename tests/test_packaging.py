@@ -48,6 +48,21 @@ def test_import_is_light():
     assert heavy_modules_after("import wejepa, wejepa.config") == ("", [])
 
 
+def test_dir_shows_the_public_names_and_brings_each_when_it_is_asked_for():
+    printed, heavy = heavy_modules_after("import wejepa; print(*dir(wejepa)); wejepa.default_config()")
+    names = printed.split()
+    assert heavy == [] and {"launch_pretraining", "Pretraining", "as_source", "IJEPA_base", "load_model", "default_config"} <= set(names)
+    for name in names:
+        assert getattr(wejepa, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'launch_pretrainings'"):
+        wejepa.launch_pretrainings  # noqa: B018
+
+
+def test_help_settings_imports_no_torch():
+    printed, heavy = heavy_modules_after("from wejepa.train.pretrain import main; assert main(['--help-settings']) == 0")
+    assert "optimizer.epochs: passes over the training images (default 30; 1 or more)" in printed.splitlines() and heavy == []
+
+
 def test_print_config_is_json_and_imports_no_torch():
     printed, heavy = heavy_modules_after("from wejepa.train.pretrain import main; assert main(['--print-config']) == 0")
     assert set(json.loads(printed)) == {"data", "mask", "model", "optimizer", "hardware"}

@@ -34,6 +34,7 @@ __all__ = [
     "parse_override",
     "parse_value",
     "setting",
+    "settings",
 ]
 
 
@@ -49,7 +50,7 @@ class Section:
         fields = {f.name: f for f in dataclasses.fields(self)}
         where = f"{_SECTION_NAMES.get(type(self), type(self).__name__)}.{name}"
         if name not in fields:
-            raise ConfigError(f"{where} is not a setting; {did_you_mean(name, list(fields))}")
+            raise ConfigError(f"{where} is not a setting; {nearest_setting(where.partition('.')[0], name, list(fields))}")
         super().__setattr__(name, _checked(where, value, fields[name]))
 
 
@@ -343,12 +344,42 @@ class IJepaConfig:
         return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
 
 
+def settings() -> dict[str, str]:
+    """Every setting by its full name, such as "optimizer.epochs": its default, range and help in one line."""
+    found = {}
+    for kind, section in _SECTION_NAMES.items():
+        for field in dataclasses.fields(kind):
+            low, high = field.metadata["low"], field.metadata["high"]
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            span = "" if low is None else f"; {low} or more" if high is None else f"; {low} to {high}"
+            span = "; true or false" if isinstance(default, bool) else "; a name or null" if field.metadata["optional"] else span
+            found[f"{section}.{field.name}"] = f"{field.metadata['help']} (default {json.dumps(default)}{span})"
+    return found
+
+
+def settings_like(words: str) -> list[str]:
+    """The full names of the settings whose name or help has these words."""
+    words = words.replace("_", " ").lower()
+    return [path for path, text in settings().items() if words in f"{path} {text}".replace("_", " ").lower()]
+
+
+def nearest_setting(section: str, name: str, known: list[str]) -> str:
+    """The tail of a message about a name that a section does not have: the nearest that it has, else what any setting says about it."""
+    near = did_you_mean(name, known)
+    path = next((f"{section}.{field}" for field in known if near == f"did you mean {field!r}?"), None)
+    if path:
+        return f"{near} {path}: {settings()[path]}"
+    like = settings_like(name)
+    return f"did you mean {like[0]}? {settings()[like[0]]}" if like else near
+
+
 def parse_override(text: str) -> tuple[str, str, Any]:
     """``"section.field=value"`` as (section, field, value)."""
     path, equals, raw = text.partition("=")
     section, dot, name = path.strip().partition(".")
     if not (equals and dot and section and name):
-        raise ConfigError(f"{text!r}: write section.field=value, such as optimizer.epochs=5")
+        like = settings_like(section) if section else []
+        raise ConfigError(f"{text!r}: write section.field=value, such as {like[0] if like else 'optimizer.epochs'}=5")
     return section, name, parse_value(raw)
 
 

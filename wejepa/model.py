@@ -20,7 +20,7 @@ from wejepa.config import IJepaConfig
 from wejepa.ema import update_teacher
 from wejepa.errors import ConfigError
 from wejepa.masking import Masks
-from wejepa.patches import PatchEmbed, resize_positions, take
+from wejepa.patches import PatchEmbed, pool_tokens, resize_positions, take
 from wejepa.presets import STAGE_WIDTHS
 
 __all__ = ["Encoder", "IJEPA_base", "IJepaLoss", "PatchEmbed", "Predictor", "ijepa_loss"]
@@ -276,6 +276,19 @@ class IJEPA_base(nn.Module):
             return network.eval()(images.to(self.device))
         finally:
             network.train(training)
+
+    @torch.no_grad()
+    def features(self, images: Tensor, pooling: str = "mean") -> Tensor:
+        """One vector for each of images (B, C, height, width), on any device: the teacher's tokens, pooled; on the model's device.
+
+        Args:
+            images: normalised, as a source gives them.
+            pooling: "mean" over all tokens, (B, D); or "grid", over each cell of a grid of 4 x 4, (B, 16 * D).
+
+        Raises:
+            ConfigError: another pooling.
+        """
+        return pool_tokens(self.encode(images).float(), self.teacher_encoder.token_grid(images), pooling)
 
     def momentum_update(self, momentum: float, skip: Tensor | None = None) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * student, over all parameters; nothing where both are frozen.

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from wejepa.errors import ConfigError
 
-__all__ = ["PatchEmbed", "resize_positions"]
+__all__ = ["POOLINGS", "PatchEmbed", "pool_tokens", "resize_positions"]
+
+POOLINGS = ("mean", "grid")
 
 
 class PatchEmbed(nn.Module):
@@ -76,3 +78,20 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tup
 def take(tokens: Tensor, index: Tensor) -> Tensor:
     """Pick tokens by patch index: (B, N, D) and (B, K) -> (B, K, D)."""
     return torch.gather(tokens, 1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def pool_tokens(tokens: Tensor, grid_size: tuple[int, int], pooling: str, cells: int = 4) -> Tensor:
+    """One vector an image from its tokens (B, N, D).
+
+    Args:
+        grid_size: patches down and across, (H, W).
+        pooling: "mean" over all tokens, (B, D); or "grid", the mean over each cell of a coarse grid, (B, cells * cells * D),
+            which keeps where things are.
+        cells: cells down and across the coarse grid.
+    """
+    if pooling == "mean":
+        return tokens.mean(1)
+    if pooling == "grid":
+        plane = tokens.transpose(1, 2).unflatten(2, grid_size)  # (B, D, H, W)
+        return F.adaptive_avg_pool2d(plane, cells).flatten(1)
+    raise ConfigError(f"pooling = {pooling!r}: give one of {', '.join(POOLINGS)}")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from wejepa.config import IJepaConfig
 from wejepa.devices import autocast
-from wejepa.errors import ConfigError
 from wejepa.memory import freed_memory_kept
 from wejepa.model import IJEPA_base
+from wejepa.patches import POOLINGS, pool_tokens
 
 __all__ = [
     "POOLINGS",
@@ -25,8 +25,6 @@ __all__ = [
     "run_tsne_projection",
     "teacher_variance",
 ]
-
-POOLINGS = ("mean", "grid")
 
 
 @torch.no_grad()
@@ -44,23 +42,6 @@ def encode_images(model: IJEPA_base, source, index: Tensor, cfg: IJepaConfig, en
 
     with freed_memory_kept():
         return extract_tokens(encode, source.batches(index, cfg.data.eval_batch_size, model.device))
-
-
-def pool_tokens(tokens: Tensor, grid_size: tuple[int, int], pooling: str, cells: int = 4) -> Tensor:
-    """One vector an image from its tokens (B, N, D).
-
-    Args:
-        grid_size: patches down and across, (H, W).
-        pooling: "mean" over all tokens, (B, D); or "grid", the mean over each cell of a coarse grid, (B, cells * cells * D),
-            which keeps where things are.
-        cells: cells down and across the coarse grid.
-    """
-    if pooling == "mean":
-        return tokens.mean(1)
-    if pooling == "grid":
-        plane = tokens.transpose(1, 2).unflatten(2, grid_size)  # (B, D, H, W)
-        return F.adaptive_avg_pool2d(plane, cells).flatten(1)
-    raise ConfigError(f"pooling = {pooling!r}: give one of {', '.join(POOLINGS)}")
 
 
 def extract_backbone_features(

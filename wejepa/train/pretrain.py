@@ -3,6 +3,7 @@
     python -m wejepa.train.pretrain --set optimizer.epochs=5 --set data.dataset=cifar10
     python -m wejepa.train.pretrain --config my.json --resume auto
     python -m wejepa.train.pretrain --print-config > my.json
+    python -m wejepa.train.pretrain --help-settings
     torchrun --nproc-per-node=2 -m wejepa.train.pretrain --config my.json      # or srun, or another launcher: see launchers.py
 
 Exit codes: 0 done; 2 refused, with one line that says what to do; 130 (SIGINT) or 143 (SIGTERM) interrupted, with a checkpoint written:
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wejepa.config import IJepaConfig, parse_override
+from wejepa.config import IJepaConfig, parse_override, settings
 from wejepa.errors import ConfigError, WejepaError
 from wejepa.paths import path_of, print_line
 from wejepa.presets import PRESETS
@@ -164,9 +165,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="one setting; repeatable")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint in the output folder, or from one")
     parser.add_argument("--print-config", action="store_true", help="print the config as JSON and stop")
+    parser.add_argument("--help-settings", action="store_true", help="print every setting, its help, default and range, and stop")
     args = parser.parse_args(argv)
     launch, rank = None, 0
     try:
+        if args.help_settings:
+            print("\n".join(f"{name}: {text}" for name, text in settings().items()))
+            return 0
         launch = launched()
         rank = launch.rank if launch else 0
         cfg = config_from_arguments(args)
