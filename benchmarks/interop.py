@@ -2,6 +2,7 @@
 
 python -m benchmarks.interop                 # about 20 GB of disk for a while, 8 GB of memory, some minutes
 python -m benchmarks.interop --depth 2       # the same with two blocks
+python -m benchmarks.interop --online        # the four published checkpoints (12 GB) against what transformers expects of them
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import gc
 import shutil
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from wejepa.interop import from_huggingface, from_meta, to_huggingface
@@ -21,13 +25,57 @@ from wejepa.model import IJEPA_base
 
 SIZES = (224, 280)  # as published, and one with interpolated positions
 
+# What transformers' conversion script (models/ijepa/convert_ijepa_to_hf.py, Apache 2.0) expects of the published checkpoints on one picture
+# of COCO's, within 1e-4: three numbers of each of the first three tokens.
+CATS = "http://images.cocodataset.org/val2017/000000039769.jpg"
+PUBLISHED = {
+    "facebook/ijepa_vith14_1k": [[-0.0621, -0.0054, -2.7513], [-0.1952, 0.0909, -3.9536], [0.0942, -0.0331, -1.2833]],
+    "facebook/ijepa_vith14_22k": [[0.0358, -0.0045, -0.2154], [0.0418, -0.0246, 0.0108], [0.2529, -0.0345, -0.0246]],
+    "facebook/ijepa_vith16_1k": [[0.5145, -0.1259, 0.0615], [0.1132, 0.0028, -0.0496], [1.1586, -0.0056, -0.0387]],
+    "facebook/ijepa_vitg16_22k": [[0.0512, -0.0510, -0.0649], [0.1972, 0.0380, -0.0790], [0.1667, -0.0834, -0.1240]],
+}
+
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=32, help="blocks of the encoder with random weights")
+    parser.add_argument(
+        "--online", nargs="*", metavar="NAME", help="published checkpoints to download and compare; all four without a name"
+    )
+    args = parser.parse_args()
+    if args.online is None:
+        through_all(args.depth)
+    else:
+        published(args.online or list(PUBLISHED))
+
+
+def published(names: list[str]) -> None:
+    """Our numbers for published checkpoints against those stated; a line says so where the picture cannot be downloaded."""
+    try:
+        with urllib.request.urlopen(CATS, timeout=60) as page:
+            picture = Image.open(page).convert("RGB")
+    except OSError as error:
+        print(f"skipped: {CATS} cannot be downloaded ({error})")
+        return
+    for name in names:
+        model = from_huggingface(name)
+        found = of_ours(model, as_transformers_takes_it(picture, model.cfg.model.img_size))[0, :3, :3]
+        difference = float((found - torch.tensor(PUBLISHED[name])).abs().max())
+        print(f"{name}: largest difference {difference:.1e} from what is stated", flush=True)
+        if difference >= 1e-4:
+            raise SystemExit("more than 1e-4")
+
+
+def as_transformers_takes_it(picture: Image.Image, size: int) -> torch.Tensor:
+    """The picture as the processor of that script gives it: (1, 3, S, S), squeezed to a square, its pixels from -1 to 1."""
+    pixels = np.array(picture.resize((size, size), Image.Resampling.BILINEAR))
+    return (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+
+
+def through_all(depth: int) -> None:
+    """A checkpoint with random weights through every reader and writer."""
     import transformers
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=32)
-    depth = parser.parse_args().depth
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -1,14 +1,17 @@
 """What the benchmarks reckon with, and the tables that they print."""
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 
 import nbformat
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import loading, margins
+from benchmarks import interop, loading, margins
 from benchmarks.against_peers import make_transformers_encoder, peer
 from benchmarks.curve import averaged, seconds_to
 from benchmarks.learning import merge, table
@@ -16,6 +19,7 @@ from benchmarks.mutations import MUTATIONS, ROOT
 from benchmarks.scaling import exponent
 from benchmarks.step import arithmetic, configuration
 from benchmarks.timing import Contender, Times, in_turn, milliseconds, ratio, tell
+from wejepa.config import default_config
 from wejepa.masking import sample_block_masks
 from wejepa.model import IJEPA_base, IJepaLoss
 
@@ -160,3 +164,34 @@ def test_a_margin_counts_in_deviations_over_the_runs_that_were_kept(tmp_path):
     (claim,) = margins.claims(tmp_path)
     assert claim.margins == [1.0, 2.0, 3.0] and claim.deviations == 2.0 and claim.sides == (2.0, 0.0)
     assert margins.claims(tmp_path, {"00_tour": {"a > 0"}}) == []  # the notebook says something else by now
+
+
+def test_published_checkpoints_are_compared_where_they_can_be_had(monkeypatch, capsys):
+    """Without them here: on a picture and a model that stand in for them."""
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no route to host")))
+    interop.published(list(interop.PUBLISHED))
+    assert capsys.readouterr().out == f"skipped: {interop.CATS} cannot be downloaded (no route to host)\n"
+    picture = io.BytesIO()
+    Image.fromarray(torch.randint(0, 255, (48, 64, 3), dtype=torch.uint8).numpy()).save(picture, "png")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: io.BytesIO(picture.getvalue()))
+    monkeypatch.setattr(interop, "from_huggingface", lambda name: IJEPA_base(default_config()).eval())
+    name = "facebook/ijepa_vith14_1k"
+    torch.manual_seed(0)
+    model = IJEPA_base(default_config()).eval()
+    x = interop.as_transformers_takes_it(Image.open(io.BytesIO(picture.getvalue())), 32)
+    stated = interop.of_ours(model, x)[0, :3, :3]
+    for shift, told in ((2e-5, "facebook/ijepa_vith14_1k: largest difference 2.0e-05 from what is stated"), (2e-4, "2.0e-04")):
+        torch.manual_seed(0)
+        monkeypatch.setitem(interop.PUBLISHED, name, (stated + shift).tolist())
+        with contextlib.nullcontext() if shift < 1e-4 else pytest.raises(SystemExit, match="more than 1e-4"):
+            interop.published([name])
+        assert told in capsys.readouterr().out
+
+
+def test_a_picture_is_prepared_as_transformers_does():
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "ViTImageProcessorPil"):
+        pytest.skip("this version of transformers has no processor that resizes as the script's did")
+    picture = Image.fromarray(torch.randint(0, 255, (480, 640, 3), dtype=torch.uint8).numpy())
+    expected = transformers.ViTImageProcessorPil(size={"height": 224, "width": 224})(images=picture, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(interop.as_transformers_takes_it(picture, 224), expected)
