@@ -125,4 +125,6 @@ def test_wheel_holds_the_package_and_its_images(tmp_path):
     packaged = {p.relative_to(source).as_posix() for p in (source / "wejepa").rglob("*") if p.is_file()}
     assert packaged - names == set()
     assert {n.split("/")[0] for n in names} == {"wejepa", f"wejepa-{wejepa.__version__}.dist-info"}
-    assert {n.rpartition("/")[2] for n in names if "/licenses/" in n} == {"LICENSE", "FASHION_MNIST_LICENSE"}
+    licences = {p.name for p in (ROOT / "wejepa" / "assets").glob("*_LICENSE")}
+    assert licences == {"FASHION_MNIST_LICENSE", "NOTO_EMOJI_LICENSE", "TWEMOJI_LICENSE", "EMOJI_DATASOURCE_LICENSE"}
+    assert {n.rpartition("/")[2] for n in names if "/licenses/" in n} == {"LICENSE", *licences}

@@ -6,8 +6,9 @@ Every random choice is derived from (seed, epoch, step), so a run that stops in 
 from wejepa.data.crops import crop_box, normalise, random_crops, resample, with_channels
 from wejepa.data.datasets import DatasetImages, as_source
 from wejepa.data.decoding import read_image
+from wejepa.data.embedded import Emoji, emoji_index, example_photograph
 from wejepa.data.loaders import Ahead, steps_per_epoch, training_batches
-from wejepa.data.named import IMAGENET, STATISTICS, available_datasets, example_photograph, load_images
+from wejepa.data.named import IMAGENET, STATISTICS, available_datasets, load_images
 from wejepa.data.sources import FolderImages, MemoryImages, RowImages, Source, check_source
 from wejepa.data.workers import DeadWorker, deaths_wait
 from wejepa.seeds import generator_for
@@ -18,6 +19,7 @@ __all__ = [
     "Ahead",
     "DatasetImages",
     "DeadWorker",
+    "Emoji",
     "FolderImages",
     "MemoryImages",
     "RowImages",
@@ -27,6 +29,7 @@ __all__ = [
     "check_source",
     "crop_box",
     "deaths_wait",
+    "emoji_index",
     "example_photograph",
     "generator_for",
     "load_images",

@@ -1,4 +1,4 @@
-"""Where images come from, by name: the embedded set, torchvision's, your own folder, Hugging Face's, or noise."""
+"""Where images come from, by name: the sets that ship, torchvision's, your own folder, Hugging Face's, or noise."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from wejepa.config import IJepaConfig
-from wejepa.data.decoding import IMAGE_ENDINGS, read_image
+from wejepa.data.decoding import IMAGE_ENDINGS
+from wejepa.data.embedded import emoji_images, fashion_images, framed_in_black
 from wejepa.data.listing import Files, class_folders, image_files
 from wejepa.data.sources import FolderImages, MemoryImages, RowImages
 from wejepa.errors import ConfigError, DataError, did_you_mean
 from wejepa.paths import path_of
 from wejepa.seeds import generator_for
 
-__all__ = ["IMAGENET", "STATISTICS", "available_datasets", "example_photograph", "load_images"]
+__all__ = ["IMAGENET", "STATISTICS", "available_datasets", "load_images"]
 
-ASSETS = Path(__file__).parent.parent / "assets"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # Per set: mean and standard deviation of the pixels (0 to 1), one value a channel; and torchvision's class.
 STATISTICS = {
     "fashion_mnist_mini": ((0.2193,), (0.3318,)),
+    "emoji": ((0.8025, 0.7538, 0.6993), (0.2903, 0.2859, 0.3349)),
     "fashion_mnist": ((0.2190,), (0.3318,)),
     "mnist": ((0.1000,), (0.2752,)),
     "kmnist": ((0.1467,), (0.3156,)),
@@ -38,7 +37,6 @@ STATISTICS = {
     "hf": IMAGENET,
     "fake": ((0.5,), (0.29,)),
 }
-FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 def available_datasets() -> list[str]:
@@ -75,27 +73,12 @@ def load_images(cfg: IJepaConfig, split: str = "train") -> MemoryImages | Folder
     if name == "fake":
         images, labels, classes = _fake_images(cfg, split)
     elif name == "fashion_mnist_mini":
-        images, labels, classes = _embedded_images(split)
+        images, labels, classes = fashion_images(split)
+    elif name == "emoji":
+        images, labels, classes = emoji_images(split)
     else:
         images, labels, classes = _torchvision_images(name, str(path_of(cfg.data.root)), split)
     return MemoryImages(images, labels, classes, **shape)
-
-
-def example_photograph() -> Tensor:
-    """A photograph that ships with wejepa, a cat's face: bytes (3, 224, 224). By Stéfan van der Walt, CC0, from scikit-image."""
-    return read_image(ASSETS / "chelsea.png", 224)
-
-
-def _embedded_images(split: str):
-    from PIL import Image
-
-    try:
-        mosaic = np.asarray(Image.open(ASSETS / f"fashion_mnist_mini_{split}.png"))
-        labels = np.load(ASSETS / "fashion_mnist_mini_labels.npz")[split]
-    except OSError as error:
-        raise DataError(f"the embedded images are missing or damaged ({error}): reinstall wejepa") from error
-    images = mosaic.reshape(-1, 28, 100, 28).swapaxes(1, 2).reshape(-1, 1, 28, 28)
-    return _padded(torch.from_numpy(images)), torch.from_numpy(labels).long(), FASHION_CLASSES
 
 
 def _fake_images(cfg: IJepaConfig, split: str):
@@ -135,17 +118,12 @@ def _torchvision_images(name: str, root: str, split: str):
             ) from error
     images = torch.as_tensor(np.asarray(found.data))
     if images.dim() == 3:
-        images = _padded(images[:, None])  # grey, 28 x 28
+        images = framed_in_black(images[:, None])  # grey, 28 x 28
     elif name.startswith("cifar"):
         images = images.permute(0, 3, 1, 2)  # the only ones stored channels last
     labels = torch.as_tensor(np.asarray(found.targets if hasattr(found, "targets") else found.labels)).long()
     classes = getattr(found, "classes", None) or [str(c) for c in range(10)]
     return images.contiguous(), labels, tuple(classes)
-
-
-def _padded(images: Tensor) -> Tensor:
-    """28 x 28 to 32 x 32 with black, so that patches of 4 and 8 divide it."""
-    return F.pad(images, (2, 2, 2, 2))
 
 
 def _folder_files(name: str, root: Path, split: str):
