@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import os
 import statistics
 import sys
@@ -196,7 +197,9 @@ class Claim:
 
     @property
     def deviations(self) -> float:
-        """The mean margin in standard deviations of its spread; infinite where nothing varies."""
+        """The mean margin in standard deviations of its spread; infinite where nothing varies, and minus that where a side was no number."""
+        if any(math.isnan(margin) for margin in self.margins):
+            return float("-inf")
         spread = statistics.stdev(self.margins) if len(self.margins) > 1 else 0.0
         mean = statistics.mean(self.margins)
         return mean / spread if spread else (float("inf") if mean >= 0 else float("-inf"))
