@@ -197,7 +197,7 @@ class Claim:
 
     @property
     def deviations(self) -> float:
-        """The mean margin in standard deviations of its spread; infinite where nothing varies, and minus that where a side was no number."""
+        """The mean margin in standard deviations of its spread; infinite where nothing varies, minus that where a side is no number."""
         if any(math.isnan(margin) for margin in self.margins):
             return float("-inf")
         spread = statistics.stdev(self.margins) if len(self.margins) > 1 else 0.0
