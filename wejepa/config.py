@@ -50,7 +50,9 @@ class Section:
         fields = {f.name: f for f in dataclasses.fields(self)}
         where = f"{_SECTION_NAMES.get(type(self), type(self).__name__)}.{name}"
         if name not in fields:
-            raise ConfigError(f"{where} is not a setting; {nearest_setting(where.partition('.')[0], name, list(fields))}")
+            section = _SECTION_NAMES.get(type(self))  # None for the probe's settings
+            near = nearest_setting(section, name, list(fields)) if section else did_you_mean(name, list(fields))
+            raise ConfigError(f"{where} is not a setting; {near}")
         super().__setattr__(name, _checked(where, value, fields[name]))
 
 
