@@ -44,8 +44,8 @@ MUTATIONS = (
     Mutation(
         "the targets are the student's, with their gradient",
         "wejepa/model.py",
-        "with torch.no_grad():\n            tokens = self.teacher_encoder(images)",
-        "if True:\n            tokens = self.student_encoder(images)",
+        "with torch.no_grad():\n            tokens = for_each_context(self.teacher_encoder(images), masks)",
+        "if True:\n            tokens = for_each_context(self.student_encoder(images), masks)",
         ("test_model.py::test_targets_are_the_normalised_tokens_of_the_teacher_on_the_whole_image",),
     ),
     Mutation(
@@ -252,6 +252,42 @@ MUTATIONS = (
         "os.fsync(file.fileno())",
         "pass",
         ("test_checkpoints.py::test_a_file_is_flushed_whole_before_it_takes_the_name_and_the_folder_after",),
+    ),
+    # ---------------------------------------------------------------- images, parts and logging of the caller's own
+    Mutation(
+        "a dataset's random transform is seeded by the item alone",
+        "wejepa/data/datasets.py",
+        "if crop else ())):",
+        "if False else ())):",
+        ("test_datasets.py::test_a_random_transform_is_random_in_training_and_draws_nothing_from_the_caller",),
+    ),
+    Mutation(
+        "a dataset's transform draws on from where the process is",
+        "wejepa/data/datasets.py",
+        "    torch.default_generator.manual_seed(seed)\n",
+        "",
+        ("test_datasets.py::test_trained_killed_and_resumed_to_the_bit",),
+    ),
+    Mutation(
+        "metrics.csv keeps the steps that a resumed run makes anew",
+        "wejepa/train/callbacks.py",
+        'int(line.partition(",")[0]) <= step]',
+        "True]",
+        ("test_callbacks.py::test_over_kills_and_resumes_no_step_is_missing_or_there_twice",),
+    ),
+    Mutation(
+        "every process begins with its own copy of the caller's model",
+        "wejepa/train/loop.py",
+        "            self.ranks.share(self.model.state_dict().values())\n",
+        "",
+        ("test_own_parts.py::test_two_processes_make_the_run_of_one_with_parts_of_its_own",),
+    ),
+    Mutation(
+        "the contexts of an image are given another image's targets",
+        "wejepa/model.py",
+        "x.repeat_interleave(contexts, dim=0)",
+        "x.repeat(contexts, *[1] * (x.dim() - 1))",
+        ("test_several.py::test_contexts_of_a_crop_are_predicted_as_each_alone_and_the_teacher_looks_once",),
     ),
     # ---------------------------------------------------------------- the judges
     Mutation(
