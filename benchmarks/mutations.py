@@ -172,9 +172,30 @@ MUTATIONS = (
     Mutation(
         "AdamW's own betas",
         "wejepa/train/loop.py",
-        "betas=BETAS, ",
+        "betas=self.cfg.optimizer.betas, ",
         "",
         ("test_pretrain.py::test_the_optimizer_remembers_ten_gradients_and_twenty_squares",),
+    ),
+    Mutation(
+        "Meta's predictor is asked for all blocks at once",
+        "wejepa/interop.py",
+        '"blockwise_prediction": True',
+        '"blockwise_prediction": False',
+        ("test_interop.py::test_metas_predictor_predicts_as_the_paper_says",),
+    ),
+    Mutation(
+        "fixed positions tell the column as the row",
+        "wejepa/patches.py",
+        "for place in (row, col)]",
+        "for place in (col, row)]",
+        ("test_patches.py::test_fixed_positions_are_sines_and_cosines_of_row_and_column",),
+    ),
+    Mutation(
+        "a resumed run begins again from the weights it began with",
+        "wejepa/train/folder.py",
+        "if state is None and expected.cfg.model.start_from:",
+        "if expected.cfg.model.start_from:",
+        ("test_start.py::test_a_run_so_begun_resumes_to_the_bit_without_the_file",),
     ),
     Mutation(
         "biases and norms decay",

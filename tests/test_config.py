@@ -226,11 +226,16 @@ def test_a_section_is_a_dict(settings):
         ("mask", "context_share", 1.0, "from 0.01 to 0.99"),
         ("model", "classification_backbone", 50, "null"),
         ("model", "patch_size", 0, "from 1 to"),
+        ("model", "positions", "learned", "'learnt' or 'sincos'"),
+        ("model", "start_from", "", "null"),
+        ("optimizer", "momentum_schedule", "step", "'cosine' or 'linear'"),
+        ("optimizer", "weight_decay_schedule", 1, "a name in quotes"),
+        ("optimizer", "betas", [0.9, 1.0], "from 0 to 0.99999"),
     ],
 )
 def test_wrong_type_or_range(section, name, value, remedy):
     message = refusal({section: {name: value}})
-    shown = value[1] if name == "crop_scale" and value == [0.1, 1.5] else value
+    shown = value[1] if value in ([0.1, 1.5], [0.9, 1.0]) else value
     assert f"{section}.{name}" in message
     assert remedy in message
     if not (isinstance(shown, list) and ("number" in remedy or "from" in remedy)):  # of a pair, the faulty number is shown

@@ -23,7 +23,6 @@ from wejepa.errors import ConfigError
 from wejepa.interop import compare, export, from_huggingface, to_huggingface
 from wejepa.masking import Masks, sample_block_masks
 from wejepa.model import IJEPA_base, IJepaLoss
-from wejepa.train import loop
 from wejepa.train.callbacks import Callback, Monitor
 from wejepa.train.checkpoints import load_model, save_model
 from wejepa.train.finetune import (
@@ -315,7 +314,7 @@ def pretraining_elsewhere(cfg: IJepaConfig) -> Pretraining:
     run = Pretraining(cfg)
     sent_elsewhere(run.model)
     run.device, run.late = THERE, 1
-    run.optimizer = torch.optim.AdamW(parameter_groups(run.model), betas=loop.BETAS, fused=True)
+    run.optimizer = torch.optim.AdamW(parameter_groups(run.model), betas=run.cfg.optimizer.betas, fused=True)
     return run
 
 

@@ -11,9 +11,10 @@ import torch
 
 from wejepa.config import HardwareConfig, IJepaConfig, ModelConfig, adapt_config_for_backbone, default_config
 from wejepa.errors import CheckpointError, ConfigError
-from wejepa.interop import export, from_huggingface, from_meta, main, to_huggingface
+from wejepa.interop import config_of_meta, export, from_huggingface, from_meta, main, to_huggingface
 from wejepa.masking import Masks, sample_block_masks
 from wejepa.model import IJEPA_base, Predictor
+from wejepa.presets import PRESETS
 from wejepa.train.checkpoints import load_model, save_model
 from wejepa.train.loop import Pretraining
 
@@ -251,6 +252,24 @@ def test_metas_layout_is_read_whole(tmp_path, name, prefix, capsys):
         assert model.encode(torch.randn(2, 3, 4 * patch, 4 * patch)).shape == (2, 16, width)
 
 
+def test_the_papers_preset_has_the_sizes_of_metas_file(monkeypatch):
+    """Of IN1K-vit.h.14-300e.pth.tar: 1280 wide, 32 blocks, 16 heads, 16 x 16 patches of 14; the predictor 384 wide, 12 blocks."""
+    monkeypatch.setitem(META, "whole", (1280, 5120, 16, 32, 14, 12))
+    monkeypatch.setattr(sys.modules[__name__], "NARROW", 384)
+    monkeypatch.setattr(sys.modules[__name__], "GRID", 16)
+    cfg = IJepaConfig.from_dict(PRESETS["ijepa_paper"])
+    model = IJEPA_base.without_weights(cfg)
+    for part, shapes in zip((model.teacher_encoder, model.predictor), published_shapes("whole"), strict=True):
+        assert sorted(tuple(value.shape) for value in part.state_dict().values()) == sorted(shapes.values())
+    found, wanted = (values["model"] for values in (cfg.to_dict(), from_metas_shapes().to_dict()))
+    assert found | {"pred_mlp_ratio": 4.0} == wanted
+
+
+def from_metas_shapes() -> IJepaConfig:
+    encoder, predictor = ({k: torch.empty(s, device="meta") for k, s in shapes.items()} for shapes in published_shapes("whole"))
+    return config_of_meta({"encoder": encoder, "target_encoder": encoder, "predictor": predictor}, None, Path("whole"))
+
+
 def test_the_context_encoder_can_be_the_teacher(tmp_path, capsys):
     path = written(tmp_path, synthetic("ViT-H/14"))
     model = from_meta(path, encoder="encoder", num_heads=16)
@@ -305,7 +324,7 @@ def test_metas_predictor_predicts_as_the_paper_says(tmp_path, name):
     width, _, heads, _, _, _ = META[name]
     state = synthetic(name)
     model = from_meta(written(tmp_path, state), num_heads=heads)
-    assert model.cfg.model.blockwise_prediction
+    assert model.cfg.model.blockwise_prediction and "pos_embed" not in dict(model.predictor.named_parameters())
     masks = sample_block_masks(3, (GRID, GRID), model.cfg.mask, torch.Generator().manual_seed(0))
     context = torch.randn(3, masks.context.shape[1], width, generator=torch.Generator().manual_seed(1))
     expected = by_the_papers_equations(state["predictor"], heads, context.double(), masks)

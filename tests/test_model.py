@@ -8,6 +8,7 @@ from wejepa.config import DataConfig, IJepaConfig, MaskConfig, ModelConfig
 from wejepa.errors import ConfigError
 from wejepa.masking import Masks, sample_block_masks
 from wejepa.model import IJEPA_base, ijepa_loss
+from wejepa.patches import resize_positions, sincos_positions
 
 B, D, HEADS, DEPTH, GRID = 3, 24, 3, 2, (6, 6)
 
@@ -436,6 +437,28 @@ def test_the_predictors_last_block_loses_nothing(model, images, masks):
         x = block(x)
     expected = predictor.proj(predictor.norm(x[:, context.shape[1] :])).view(*masks.targets.shape, D)
     torch.testing.assert_close(predictor(context, masks), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fixed_positions_are_no_weights(images, masks):
+    model = IJEPA_base(tiny_config(positions="sincos"))
+    names = [name for name in model.state_dict() if name.endswith("pos_embed")]
+    assert len(names) == 3 and not set(names) & {name for name, _ in model.named_parameters()}
+    assert torch.equal(model.student_encoder.pos_embed, sincos_positions(GRID, D))
+    assert torch.equal(model.predictor.pos_embed, sincos_positions(GRID, 12))
+    ijepa_loss(*model(images, masks)).backward()
+    model.momentum_update(0.5)
+    assert torch.equal(model.teacher_encoder.pos_embed, sincos_positions(GRID, D))
+    larger = torch.randn(2, 3, 32, 24)
+    resized = resize_positions(sincos_positions(GRID, D), GRID, (8, 6))
+    torch.testing.assert_close(model.teacher_encoder.tokens(larger), model.teacher_encoder.patch_embed(larger) + resized)
+
+
+def test_widths_for_sines_and_cosines():
+    for name, width, heads, wanted in (("embed_dim", 18, 3, 24), ("pred_dim", 15, 3, 24), ("pred_dim", 10, 2, 12)):
+        sizes = {"embed_dim": 24, "pred_dim": 12, name: width, "num_heads": heads}
+        tiny_config(**sizes).validate()
+        with pytest.raises(ConfigError, match=f"model.{name} = {width} does not divide by 4, .*: take {wanted}, or positions 'learnt'"):
+            tiny_config(**sizes, positions="sincos").validate()
 
 
 def test_a_block_of_its_own_is_predicted_as_if_it_were_the_only_one(model, images, masks):

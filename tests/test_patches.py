@@ -1,11 +1,13 @@
 """Patches and positions against references written out by hand."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from wejepa.errors import ConfigError
-from wejepa.patches import PatchEmbed, resize_positions, take
+from wejepa.patches import PatchEmbed, resize_positions, sincos_positions, take
 
 
 def test_patch_embedding_is_a_linear_map_of_each_patch():
@@ -82,6 +84,15 @@ def test_resized_positions_are_those_of_the_new_grid(grid):
     """Not only close after a round trip: what was learnt at a place is found at that place, rows as rows and columns as columns."""
     resized = resize_positions(smooth_positions(8, 8), (8, 8), grid)
     assert relative_error(resized, smooth_positions(*grid)) < 0.03
+
+
+def test_fixed_positions_are_sines_and_cosines_of_row_and_column():
+    positions = sincos_positions((3, 5), 8)
+    assert positions.shape == (1, 15, 8)
+    for row in range(3):
+        for col in range(5):
+            expected = [f(place * frequency) for place in (row, col) for f in (math.sin, math.cos) for frequency in (1, 0.01)]
+            torch.testing.assert_close(positions[0, 5 * row + col], torch.tensor(expected), rtol=0, atol=1e-6)
 
 
 def test_resized_positions_carry_the_gradient_and_the_type():

@@ -177,6 +177,15 @@ def test_the_optimizer_remembers_ten_gradients_and_twenty_squares(cfg):
             torch.testing.assert_close(run.optimizer.state[p]["exp_avg_sq"], 0.05 * p.grad**2)
 
 
+def test_the_optimizers_memory_is_the_configs(cfg):
+    cfg.optimizer.betas = (0.5, 0.75)
+    run = Pretraining(cfg)
+    run.train_step(torch.randn(8, 1, 16, 16))
+    moments = run.optimizer.state[p := run.model.predictor.proj.weight]
+    torch.testing.assert_close(moments["exp_avg"], 0.5 * p.grad)
+    torch.testing.assert_close(moments["exp_avg_sq"], 0.25 * p.grad**2)
+
+
 def test_the_teacher_follows_with_the_schedules_momentum(cfg):
     run, images = Pretraining(cfg), torch.randn(8, 1, 16, 16)
     for step in range(5):
@@ -400,6 +409,7 @@ def refused(capsys, *arguments: str) -> str:
 def test_the_config_is_printed_as_json(capsys):
     assert printed_config(capsys) == default_config()
     assert printed_config(capsys, "--preset", "hf224") == hf224_config()
+    assert printed_config(capsys, "--preset", "ijepa_paper").model.blockwise_prediction
 
 
 def test_single_settings(capsys):

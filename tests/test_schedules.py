@@ -1,12 +1,13 @@
 """Learning rate, weight decay and momentum: where they begin, where they end, and how they get there."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
 import pytest
 
 from wejepa.config import OptimizerConfig
-from wejepa.train.schedules import Schedule, cosine
+from wejepa.train.schedules import Schedule, cosine, linear
 
 
 def make(epochs: int = 10, warmup: float = 2.0, steps: int = 50) -> tuple[Schedule, int, int]:
@@ -57,6 +58,19 @@ def test_momentum_and_decay_only_rise():
         assert values[len(values) // 2] == pytest.approx((low + high) / 2, rel=0.02)
 
 
+def test_momentum_and_decay_may_rise_in_a_line():
+    schedule, total, _ = make()
+    other = Schedule(dataclasses.replace(schedule.cfg, momentum_schedule="linear", weight_decay_schedule="linear"), 50)
+    for step in range(total):
+        share = step / (total - 1)
+        assert other(step).momentum == pytest.approx(0.9 + 0.1 * share)
+        assert other(step).weight_decay == pytest.approx(0.04 + 0.36 * share)
+        assert other(step).learning_rate == schedule(step).learning_rate
+    assert other(total + 1000) == other(total - 1)
+    one = Schedule(dataclasses.replace(schedule.cfg, momentum_schedule="linear"), 50)
+    assert one(100).weight_decay == schedule(100).weight_decay and one(100).momentum == other(100).momentum
+
+
 def test_a_schedule_depends_on_the_step_alone():
     one, _, _ = make()
     other, _, _ = make()
@@ -79,6 +93,10 @@ def test_a_run_of_one_step():
 def test_beyond_the_end_nothing_moves_any_more():
     schedule, total, _ = make()
     assert schedule(total + 1000) == schedule(total - 1)
+
+
+def test_linear():
+    assert [linear(progress, 3.0, 1.0) for progress in (-1.0, 0.0, 0.25, 1.0, 2.0)] == [3.0, 3.0, 2.5, 1.0, 1.0]
 
 
 def test_cosine():

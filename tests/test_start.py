@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ from test_own_parts import MeanPredictor, assert_same, own_model
 
 from wejepa.config import IJepaConfig, adapt_config_for_backbone, default_config
 from wejepa.errors import CheckpointError, ConfigError
-from wejepa.interop import to_huggingface
+from wejepa.interop import from_meta, to_huggingface
 from wejepa.model import IJEPA_base
-from wejepa.patches import resize_positions
-from wejepa.train.checkpoints import load_checkpoint, save_model
+from wejepa.patches import resize_positions, sincos_positions
+from wejepa.presets import PRESETS
+from wejepa.train.checkpoints import load_checkpoint, load_model, save_checkpoint, save_model
 from wejepa.train.loop import Pretraining
 from wejepa.train.pretrain import launch_pretraining, main
 
@@ -160,6 +162,54 @@ def test_a_finished_run_is_begun_anew_from_its_own_last_checkpoint_in_its_own_fo
     assert (run.output / "earlier-1" / f"step_{STEPS:08d}.pt").exists()
 
 
+def papers_way(cfg: IJepaConfig) -> IJepaConfig:
+    """As the paper's preset trains, at the sizes of a test."""
+    paper, cfg = PRESETS["ijepa_paper"], cfg.copy()
+    for name in ("blockwise_prediction", "positions"):
+        setattr(cfg.model, name, paper["model"][name])
+    for name in ("weight_decay", "final_weight_decay", "weight_decay_schedule", "betas", "grad_clip_norm", "momentum_schedule"):
+        setattr(cfg.optimizer, name, paper["optimizer"][name])
+    cfg.optimizer.accumulation_steps, cfg.data.horizontal_flip = 2, False
+    return cfg
+
+
+def test_the_papers_way_learns_and_resumes_to_the_bit(cfg, tmp_path):
+    cfg = papers_way(cfg)
+    cfg.hardware.checkpoint_every = 1
+    whole = launch_pretraining(cfg)
+    assert whole.history[1]["loss"] < whole.history[0]["loss"]
+    assert torch.equal(whole.model.student_encoder.pos_embed, sincos_positions((4, 4), 16))
+    cfg.hardware.output_dir = str(tmp_path / "resumed")
+    assert_same(launch_pretraining(cfg, whole.checkpoint.with_name(f"step_{STEPS // 2:08d}.pt")).checkpoint, whole.checkpoint)
+    assert load_model(whole.checkpoint).predictor.blockwise
+
+
+def test_metas_positions_stay_fixed_where_the_config_says_so(cfg, tmp_path):
+    model = model_of(cfg)
+    cfg = papers_way(cfg)
+    cfg.model.start_from = str(in_metas_layout(model, tmp_path / "metas.pth.tar"))
+    trained = launch_pretraining(cfg).model
+    for part in ("student_encoder", "teacher_encoder", "predictor"):
+        assert torch.equal(getattr(trained, part).pos_embed, getattr(model, part).pos_embed)
+
+
+def test_a_checkpoint_from_before_these_settings_goes_on(cfg, tmp_path):
+    cfg.hardware.checkpoint_every = 1
+    whole = launch_pretraining(cfg)
+    half = whole.checkpoint.with_name(f"step_{STEPS // 2:08d}.pt")
+    state = load_checkpoint(half)
+    for section, names in {
+        "model": ("start_from", "blockwise_prediction", "positions"),
+        "optimizer": ("betas", "momentum_schedule", "weight_decay_schedule"),
+    }.items():
+        for name in names:
+            del state["config"][section][name]
+    save_checkpoint(tmp_path / "old.pt", {key: value for key, value in state.items() if key != "format"})
+    cfg.hardware.output_dir = str(tmp_path / "resumed")
+    assert_same(launch_pretraining(cfg, tmp_path / "old.pt").checkpoint, whole.checkpoint)
+    assert not load_model(tmp_path / "old.pt").predictor.blockwise
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -240,6 +290,27 @@ def test_the_command_line_begins_with_weights(cfg, tmp_path, capsys):
     assert main(["--config", str(tmp_path / "tiny.json"), "--set", f"model.start_from={tmp_path / 'ours.pt'}"]) == 0
     assert f"begins with {tmp_path / 'ours.pt'}: " in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "run" / "latest.pt")["config"]["model"]["start_from"] == str(tmp_path / "ours.pt")
+
+
+def test_readmes_lines_begin_with_metas_file(cfg, tmp_path, monkeypatch, capsys):
+    """As they stand there, but for a small file, noise for images and two epochs."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Checkpoints from elsewhere\n")[2].partition("\n## ")[0]
+    (block,) = (each for each in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL) if "start_from" in each)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    cfg.model.embed_dim, cfg.model.num_heads, cfg.model.pred_dim = 192, 3, 24  # of a published width, whose heads are known
+    model = model_of(cfg)
+    in_metas_layout(model, tmp_path / "IN1K-vit.h.14-300e.pth.tar")
+    monkeypatch.setattr("wejepa.config.hf224_config", cfg.copy)
+    monkeypatch.chdir(tmp_path)
+    names = {"from_meta": from_meta}
+    exec(compile(block, "README.md", "exec"), names)
+    assert "predictor as predictor" in capsys.readouterr().out and names["cfg"].model.blockwise_prediction
+    assert torch.equal(names["result"].model.teacher_encoder.pos_embed, model.teacher_encoder.pos_embed)
+    command = section.partition("```\npython -m wejepa.train.pretrain ")[2].partition("\n")[0]
+    assert main([*command.split(), "--print-config"]) == 0
+    printed = json.loads(capsys.readouterr().out)["model"]
+    assert printed["start_from"] == "IN1K-vit.h.14-300e.pth.tar" and printed["positions"] == "sincos"
 
 
 ON_TWO = """

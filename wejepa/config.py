@@ -38,9 +38,18 @@ __all__ = [
 ]
 
 
-def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None, optional: bool = False):
-    """A field of a section: its default, one line of help, and the closed range its value must lie in."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "optional": optional})
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    optional: bool = False,
+):
+    """A field of a section: its default, one line of help, and the closed range its value must lie in, or the names it may have."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "optional": optional}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Section:
@@ -76,6 +85,8 @@ def _checked(where: str, value: Any, field: dataclasses.Field) -> Any:
         return _number(where, value, type(default), low, high)
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{where} = {value!r}: give a name in quotes" + (" or null" if field.metadata["optional"] else ""))
+    if (choices := field.metadata["choices"]) and value not in choices:
+        raise ConfigError(f"{where} = {value!r}: give {' or '.join(map(repr, choices))}")
     return value
 
 
@@ -171,6 +182,9 @@ class ModelConfig(Section):
     mlp_ratio: float = setting(4.0, "width of a block's hidden layer over its own width", low=0.1, high=16)
     pred_mlp_ratio: float = setting(0.0, "the same in the predictor; 0 for the encoder's", low=0, high=16)
     blockwise_prediction: bool = setting(False, "predict each target block in a sequence of its own, as the paper does; false: all in one")
+    positions: str = setting(
+        "learnt", "positional embeddings: learnt with the rest, or fixed sines and cosines", choices=("learnt", "sincos")
+    )
     norm_eps: float = setting(1e-6, "what the encoder's layer norms add to the variance", low=0, high=0.1)
     start_from: str | None = setting(
         None, "weights that a new run begins with: our checkpoint, Meta's .pth.tar, a Hugging Face folder or name", optional=True
@@ -191,10 +205,15 @@ class OptimizerConfig(Section):
     final_learning_rate: float = setting(1e-5, "learning rate at the last step", low=0, high=10)
     weight_decay: float = setting(0.2, "weight decay at the first step; biases and norms have none", low=0, high=10)
     final_weight_decay: float = setting(0.2, "weight decay at the last step", low=0, high=10)
+    weight_decay_schedule: str = setting("cosine", "how the weight decay goes from the one to the other", choices=("cosine", "linear"))
+    betas: tuple[float, float] = setting(
+        (0.9, 0.95), "how much of themselves AdamW's means keep at a step: of the gradient, and of its square", low=0, high=0.99999
+    )
     accumulation_steps: int = setting(1, "parts that a batch is computed in, one after another, where memory is short", low=1)
     grad_clip_norm: float = setting(1.0, "largest norm of the whole gradient; 0 switches clipping off", low=0)
     momentum_teacher: float = setting(0.99, "how much of itself the teacher keeps at the first step", low=0, high=1)
     momentum_teacher_final: float = setting(1.0, "how much of itself the teacher keeps at the last step", low=0, high=1)
+    momentum_schedule: str = setting("cosine", "how the momentum goes from the one to the other", choices=("cosine", "linear"))
 
 
 @dataclass
@@ -316,6 +335,12 @@ class IJepaConfig:
                     f"model.num_heads = {m.num_heads} does not divide model.{name} = {width}: "
                     f"take num_heads {heads}, or {name} {math.ceil(width / m.num_heads) * m.num_heads}"
                 )
+            if m.positions == "sincos" and width % 4:
+                step = math.lcm(4, m.num_heads)
+                raise ConfigError(
+                    f"model.{name} = {width} does not divide by 4, which model.positions = 'sincos' needs for sines and cosines of row and "
+                    f"column: take {math.ceil(width / step) * step}, or positions 'learnt'"
+                )
         if o.warmup_epochs > o.epochs:
             raise ConfigError(f"optimizer.warmup_epochs = {o.warmup_epochs} is longer than optimizer.epochs = {o.epochs}: make it shorter")
         if o.momentum_teacher > o.momentum_teacher_final:
@@ -354,6 +379,7 @@ def settings() -> dict[str, str]:
             low, high = field.metadata["low"], field.metadata["high"]
             default = list(field.default) if isinstance(field.default, tuple) else field.default
             span = "" if low is None else f"; {low} or more" if high is None else f"; {low} to {high}"
+            span = f"; {' or '.join(field.metadata['choices'])}" if field.metadata["choices"] else span
             span = "; true or false" if isinstance(default, bool) else "; a name or null" if field.metadata["optional"] else span
             found[f"{section}.{field.name}"] = f"{field.metadata['help']} (default {json.dumps(default)}{span})"
     return found

@@ -277,8 +277,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def from_meta(path: str | Path, encoder: str = "target_encoder", num_heads: int | None = None) -> IJEPA_base:
     """An I-JEPA in the layout of Meta's published checkpoints, as a model in evaluation mode: student, teacher and predictor.
 
-    All sizes are those of the tensors. The predictor has as many heads as the encoder, and `model.blockwise_prediction` is set, so that
-    what it predicts is what Meta's does.
+    All sizes are those of the tensors. The predictor has as many heads as the encoder. `model.blockwise_prediction` is true, so that what
+    it predicts is what Meta's does, and `model.positions` is "sincos": the file's own, which stay fixed.
 
     Args:
         path: a .pth.tar file with `encoder`, `target_encoder` and `predictor`, their keys with or without "module."; its optimizer's state
@@ -367,6 +367,7 @@ def config_of_meta(parts: dict[str, dict[str, Tensor]], num_heads: int | None, p
         "mlp_ratio": ratio(hidden("blocks", "encoder"), width),
         "pred_mlp_ratio": ratio(hidden("predictor_blocks", "predictor"), narrow),
         "blockwise_prediction": True,
+        "positions": "sincos",
     }
     return config_of_sizes(found, path, pred_dim=narrow, pred_depth=depth("predictor", "predictor_blocks"))
 

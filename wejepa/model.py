@@ -20,7 +20,7 @@ from wejepa.config import IJepaConfig
 from wejepa.ema import update_teacher
 from wejepa.errors import ConfigError
 from wejepa.masking import Masks
-from wejepa.patches import PatchEmbed, pool_tokens, resize_positions, take
+from wejepa.patches import PatchEmbed, add_positions, pool_tokens, resize_positions, take
 from wejepa.presets import STAGE_WIDTHS
 
 __all__ = ["Encoder", "IJEPA_base", "IJepaLoss", "PatchEmbed", "Predictor", "ijepa_loss"]
@@ -80,7 +80,7 @@ class Encoder(nn.Module):
         self.grid_size = cfg.grid_size
         self.embed_dim = m.embed_dim
         self.patch_embed = PatchEmbed(m.patch_size, m.in_chans, m.embed_dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid_size[0] * self.grid_size[1], m.embed_dim))
+        add_positions(self, m.positions, self.grid_size, m.embed_dim)
         self.blocks = nn.ModuleList(Block(m.embed_dim, m.num_heads, m.mlp_ratio) for _ in range(m.enc_depth))
         self.norm = nn.LayerNorm(m.embed_dim, eps=1e-6)
         init_transformer(self)
@@ -116,7 +116,7 @@ class Predictor(nn.Module):
         self.grid_size, self.blockwise = cfg.grid_size, m.blockwise_prediction
         self.embed = nn.Linear(m.embed_dim, m.pred_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, m.pred_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid_size[0] * self.grid_size[1], m.pred_dim))
+        add_positions(self, m.positions, self.grid_size, m.pred_dim)
         self.blocks = nn.ModuleList(Block(m.pred_dim, m.num_heads, m.pred_mlp_ratio or m.mlp_ratio) for _ in range(m.pred_depth))
         self.norm = nn.LayerNorm(m.pred_dim, eps=1e-6)
         self.proj = nn.Linear(m.pred_dim, m.embed_dim)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wejepa.errors import ConfigError
 
-__all__ = ["POOLINGS", "PatchEmbed", "pool_tokens", "resize_positions"]
+__all__ = ["POOLINGS", "PatchEmbed", "add_positions", "pool_tokens", "resize_positions", "sincos_positions"]
 
 POOLINGS = ("mean", "grid")
 
@@ -59,6 +59,22 @@ def token_grid(images: Tensor, patch_size: int, in_chans: int) -> tuple[int, int
             f"resize it to {height // patch_size * patch_size} x {width // patch_size * patch_size}"
         )
     return height // patch_size, width // patch_size
+
+
+def add_positions(module: nn.Module, kind: str, grid_size: tuple[int, int], dim: int) -> None:
+    """Give a module its positional embeddings, `pos_embed` (1, N, D): a parameter for "learnt", a buffer for "sincos"."""
+    if kind == "sincos":
+        module.register_buffer("pos_embed", sincos_positions(grid_size, dim))
+    else:
+        module.pos_embed = nn.Parameter(torch.zeros(1, grid_size[0] * grid_size[1], dim))
+
+
+def sincos_positions(grid_size: tuple[int, int], dim: int) -> Tensor:
+    """Fixed positional embeddings (1, N, D): sines and cosines of the row, then of the column, at D / 4 frequencies from 1 down to 1e-4."""
+    frequency = 10_000 ** -(torch.arange(dim // 4) / (dim // 4))
+    row, col = torch.meshgrid(*(torch.arange(n).float() for n in grid_size), indexing="ij")
+    angles = [place.flatten()[:, None] * frequency for place in (row, col)]  # (N, D / 4) each
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None]
 
 
 def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

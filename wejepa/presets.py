@@ -44,6 +44,43 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "momentum_teacher": 0.996,
         },
     },
+    # ViT-H/14 as the paper trains it: the sizes of IN1K-vit.h.14-300e.pth.tar, so that model.start_from takes that file.
+    "ijepa_paper": {
+        "data": {
+            "dataset": "imagefolder",
+            "train_batch_size": 2048,
+            "eval_batch_size": 128,
+            "num_workers": 8,
+            "crop_scale": (0.3, 1.0),
+            "horizontal_flip": False,
+        },
+        "model": {
+            "img_size": 224,
+            "patch_size": 14,
+            "embed_dim": 1280,
+            "enc_depth": 32,
+            "pred_depth": 12,
+            "pred_dim": 384,
+            "num_heads": 16,
+            "blockwise_prediction": True,
+            "positions": "sincos",
+        },
+        "optimizer": {
+            "epochs": 300,
+            "warmup_epochs": 15,
+            "start_learning_rate": 1e-4,
+            "base_learning_rate": 1e-3,
+            "final_learning_rate": 1e-6,
+            "weight_decay": 0.04,
+            "final_weight_decay": 0.4,
+            "weight_decay_schedule": "linear",
+            "betas": (0.9, 0.999),
+            "accumulation_steps": 16,
+            "grad_clip_norm": 0.0,
+            "momentum_teacher": 0.996,
+            "momentum_schedule": "linear",
+        },
+    },
 }
 
 # torchvision's classifiers that serve as encoders. Vision transformers, and what they fix:

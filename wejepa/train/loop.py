@@ -36,7 +36,6 @@ __all__ = ["Pretraining", "parameter_groups"]
 
 MASKS = 1  # tells the masks' random numbers from the crops' of the same step
 LEAST_SCALE = 2.0**-10  # of a loss under float16; it begins at 2 ** 16 and is halved at each gradient that is not finite
-BETAS = (0.9, 0.95)  # a memory of twenty steps, not a thousand: in runs of a few thousand the gradient soon is another one
 
 
 class Pretraining:
@@ -128,7 +127,7 @@ class Pretraining:
         self.loss = self.ranks.wrap(IJepaLoss(self.model, loss), h.shard_model)
         if h.compile_model:
             self.loss = torch.compile(self.loss)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), betas=BETAS, fused=True)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), betas=self.cfg.optimizer.betas, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         if state is not None:
             self._set_moments(state["moments"], self.step - state.get("skipped", 0))

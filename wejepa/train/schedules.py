@@ -7,12 +7,20 @@ from dataclasses import dataclass
 
 from wejepa.config import OptimizerConfig
 
-__all__ = ["Schedule", "StepSettings", "cosine"]
+__all__ = ["SHAPES", "Schedule", "StepSettings", "cosine", "linear"]
 
 
 def cosine(progress: float, start: float, end: float) -> float:
     """From `start` at progress 0 to `end` at progress 1, along half a cosine."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+def linear(progress: float, start: float, end: float) -> float:
+    """From `start` at progress 0 to `end` at progress 1, in a straight line."""
+    return start + (end - start) * min(max(progress, 0.0), 1.0)
+
+
+SHAPES = {"cosine": cosine, "linear": linear}
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,6 @@ class Schedule:
             rate = cosine((step - warmup) / max(1, total - 1 - warmup), o.base_learning_rate, o.final_learning_rate)
         return StepSettings(
             learning_rate=rate,
-            weight_decay=cosine(progress, o.weight_decay, o.final_weight_decay),
-            momentum=cosine(progress, o.momentum_teacher, o.momentum_teacher_final),
+            weight_decay=SHAPES[o.weight_decay_schedule](progress, o.weight_decay, o.final_weight_decay),
+            momentum=SHAPES[o.momentum_schedule](progress, o.momentum_teacher, o.momentum_teacher_final),
         )
