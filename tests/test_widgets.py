@@ -73,9 +73,9 @@ def test_the_same_value_again_draws_nothing(cfg, images, monkeypatch):
     assert not drawn
 
 
-def test_there_is_a_control_for_every_setting_of_the_masks(cfg, images):
+def test_there_is_a_control_for_every_setting_that_a_mask_depends_on(cfg, images):
     explorer = MaskExplorer(cfg, images[0])
-    assert set(explorer.controls) == {field.name for field in fields(MaskConfig)} | {"seed"}
+    assert set(explorer.controls) == {field.name for field in fields(MaskConfig)} - {"num_contexts"} | {"seed"}
     assert explorer.mask_config == cfg.mask
     explorer.controls["num_target_blocks"].value = 2
     assert explorer.mask_config.num_target_blocks == 2 and cfg.mask.num_target_blocks == 4  # the caller's is left alone

@@ -121,7 +121,7 @@ class PatchExplorer(Explorer):
 
 
 class MaskExplorer(Explorer):
-    """Masks under settings that sliders set: every field of `MaskConfig`, and the draw.
+    """Masks under settings that sliders set: every field of `MaskConfig` that one draw depends on, and the draw.
 
     Args:
         cfg: where the sliders begin; its grid is the masks'.
@@ -129,16 +129,18 @@ class MaskExplorer(Explorer):
         draws: masks shown side by side.
     """
 
+    settings = tuple(field for field in fields(MaskConfig) if field.name != "num_contexts")  # contexts beside one another are draws
+
     def __init__(self, cfg: IJepaConfig, image: Tensor, draws: int = 3):
         self.cfg, self.image, self.draws = cfg.copy(), image.cpu(), draws
-        controls = {field.name: mask_control(field, getattr(cfg.mask, field.name)) for field in fields(MaskConfig)}
+        controls = {field.name: mask_control(field, getattr(cfg.mask, field.name)) for field in self.settings}
         controls["seed"] = slider(ipywidgets.IntSlider, "draw", 0, min=0, max=99)
         super().__init__(controls)
 
     @property
     def mask_config(self) -> MaskConfig:
         """The settings of the moment."""
-        return MaskConfig(**{field.name: self[field.name] for field in fields(MaskConfig)})
+        return MaskConfig(**{field.name: self[field.name] for field in self.settings})
 
     def _draw(self) -> tuple[Image.Image, str]:
         grid_size = self.cfg.grid_size
