@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import interop, loading, margins
+from benchmarks import interop, loading, margins, photos
 from benchmarks.against_peers import make_transformers_encoder, peer
 from benchmarks.curve import averaged, seconds_to
 from benchmarks.learning import merge, table
@@ -19,7 +19,8 @@ from benchmarks.mutations import MUTATIONS, ROOT
 from benchmarks.scaling import exponent
 from benchmarks.step import arithmetic, configuration
 from benchmarks.timing import Contender, Times, in_turn, milliseconds, ratio, tell
-from wejepa.config import default_config
+from wejepa.config import default_config, photos96_config
+from wejepa.data import load_images, training_batches
 from wejepa.masking import sample_block_masks
 from wejepa.model import IJEPA_base, IJepaLoss
 
@@ -164,6 +165,15 @@ def test_a_margin_counts_in_deviations_over_the_runs_that_were_kept(tmp_path):
     (claim,) = margins.claims(tmp_path)
     assert claim.margins == [1.0, 2.0, 3.0] and claim.deviations == 2.0 and claim.sides == (2.0, 0.0)
     assert margins.claims(tmp_path, {"00_tour": {"a > 0"}}) == []  # the notebook says something else by now
+
+
+def test_photographs_are_made_for_the_preset(tmp_path):
+    photos.make_photographs(tmp_path, images=70)
+    cfg = photos96_config()
+    cfg.data.root, cfg.data.num_workers = str(tmp_path), 0
+    source = load_images(cfg, "train")
+    assert len(source) == 70 and len(source.classes) == 9
+    assert next(iter(training_batches(source, cfg, epoch=0))).shape == (64, 3, 96, 96) and cfg.grid_size == (12, 12)
 
 
 def test_published_checkpoints_are_compared_where_they_can_be_had(monkeypatch, capsys):

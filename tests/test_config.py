@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wejepa.config import IJepaConfig, MaskConfig, default_config, hf224_config, parse_override
+from wejepa.config import IJepaConfig, MaskConfig, default_config, hf224_config, parse_override, photos96_config
 from wejepa.config import settings as described
 from wejepa.errors import ConfigError, WejepaError
 
-PRESETS = (default_config, hf224_config)
+PRESETS = (default_config, hf224_config, photos96_config)
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 

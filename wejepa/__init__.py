@@ -8,7 +8,7 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = {
-    "wejepa.config": ("IJepaConfig", "adapt_config_for_backbone", "default_config", "hf224_config"),
+    "wejepa.config": ("IJepaConfig", "adapt_config_for_backbone", "default_config", "hf224_config", "photos96_config"),
     "wejepa.model": ("IJEPA_base",),
     "wejepa.data": ("as_source", "available_datasets", "load_images"),
     "wejepa.train.pretrain": ("launch_pretraining",),
