@@ -18,6 +18,7 @@ from torch.torch_version import TorchVersion
 import wejepa
 from wejepa import devices
 from wejepa.analysis import attention, features, visualization
+from wejepa.collection import Collection
 from wejepa.config import IJepaConfig, adapt_config_for_backbone, hf224_config
 from wejepa.data import load_images, training_batches
 from wejepa.errors import ConfigError
@@ -285,6 +286,18 @@ def test_an_export_is_the_same_from_anywhere(models, elsewhere, tmp_path):
     back = from_huggingface(tmp_path / "there")
     assert torch.equal(back.teacher_encoder.pos_embed, models[0].teacher_encoder.pos_embed)
     compare({"a": torch.ones(2)}, {"a": there(torch.ones(2))}, tmp_path)
+
+
+def test_a_collection_is_the_same_from_anywhere(models, elsewhere, tmp_path):
+    source = load_images(models[0].cfg)
+    here, away = (Collection.build(model, source) for model in models)
+    assert type(away.cells) is torch.Tensor and away.encoder == here.encoder
+    torch.testing.assert_close(away.cells, here.cells, atol=2e-3, rtol=2e-3)
+    away.save(tmp_path / "images.safetensors")
+    hits = Collection.load(tmp_path / "images.safetensors", models[1]).search(source.images[7], 3, patch=(0, 0, 0.5, 1))
+    assert [hit.name for hit in hits] == [hit.name for hit in here.search(source.images[7], 3, patch=(0, 0, 0.5, 1))] and hits[
+        0
+    ].name == "7"
 
 
 def test_a_loaded_model_is_where_it_is_wanted(cfg, tmp_path):

@@ -283,6 +283,18 @@ class FolderImages:
                 raise DataError(f"{self.files[i]} cannot be read as an image ({reason}): repair or remove it")
             yield self._prepared(to_device(pixels, device))
 
+    def readable_batches(self, index: Tensor, batch_size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+        """The centres of those images of `index` that can be read, (B, C, S, S), and their numbers, (B,); each file is decoded once.
+
+        Raises:
+            DataError: too many files cannot be read.
+        """
+        for part, (pixels, failed) in zip(index.split(batch_size), self._centres(index, batch_size), strict=True):
+            self._pass_over(failed)
+            if pixels is not None:
+                left_out = {i for i, _ in failed}
+                yield torch.tensor([i for i in part.tolist() if i not in left_out]), self._prepared(to_device(pixels, device))
+
     def augmented(self, index: Tensor, crops: Tensor, device: torch.device | str = "cpu") -> Iterator[Tensor]:
         """One augmented batch for each row of `index` (steps, B) under `random_crops` (steps, B, 5): (B, C, S, S) each.
 
