@@ -422,8 +422,8 @@ def test_t_sne_takes_features_from_elsewhere(elsewhere):
 
 TESTED_ABOVE = {
     *WITH_A_MODEL, *FIGURES,
-    "AttentionExplorer", "Monitor", "compare_pretrained_vs_scratch", "export", "from_huggingface", "fit_probe", "knn_accuracy",
-    "load_model", "parameter_groups", "rankme", "run_tsne_projection", "save_model", "teacher_variance", "to_huggingface",
+    "AttentionExplorer", "Collection", "Monitor", "compare_pretrained_vs_scratch", "export", "from_huggingface", "fit_probe",
+    "knn_accuracy", "load_model", "parameter_groups", "rankme", "run_tsne_projection", "save_model", "teacher_variance", "to_huggingface",
     "train_linear_probe", "train_supervised",
 }  # fmt: skip
 NAMES = {"model", "models", "model_or_folder", "features", "tokens", "attentions", "train_x"}
