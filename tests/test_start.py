@@ -238,6 +238,11 @@ def test_weights_that_do_not_fit_are_refused_with_what_would(cfg, tmp_path, caps
         other = cfg.copy()
         setattr(other.model, name, value)
         assert f"--set model.{name}=" in (message := refusal(other)) and "convert it to a folder, which leaves its predictor out" in message
+    published = cfg.copy()
+    published.model.embed_dim = 192
+    assert "from a width of 16: give it, for model.start_from as model.num_heads beside model.embed_dim = 16" in refusal(
+        published, ConfigError
+    )
     two = cfg.copy()
     two.model.embed_dim, two.model.patch_size = 32, 2
     assert "has patch_size 4, embed_dim 16, this run needs patch_size 2, embed_dim 32: " in refusal(two)
@@ -317,16 +322,20 @@ ON_TWO = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from ranks import tiny_config, train
+from ranks import STEPS, tiny_config, train
+from test_start import papers_way
 from wejepa.errors import CheckpointError
 from wejepa.train.loop import Pretraining
 results = {{}}
 for sharded in (False, True):
-    cfg = tiny_config({folder!r} + f"/{{sharded}}")
-    cfg.hardware.shard_model, cfg.model.start_from = sharded, {file!r}
+    cfg = papers_way(tiny_config({folder!r} + f"/{{sharded}}"))
+    cfg.hardware.shard_model, cfg.model.start_from, cfg.hardware.checkpoint_every = sharded, {file!r}, 1
     run = Pretraining(cfg)
     run.checkpoints.lock.release()
     results[f"sharded {{sharded}}"] = train(cfg)
+run.ranks.once(lambda: Path({file!r}).rename({file!r} + ".gone"))
+results["resumed"] = train(cfg, Path(cfg.hardware.output_dir) / f"step_{{STEPS // 2:08d}}.pt")  # the sharded one, without the file
+run.ranks.once(lambda: Path({file!r} + ".gone").rename({file!r}))
 cfg.model.embed_dim = 32
 try:
     Pretraining(cfg)
@@ -341,6 +350,7 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_two_processes_begin_with_the_same_weights_sharded_or_not(cfg, tmp_path):
+    """And keep fixed positions fixed, which are no weights that could be sharded; and the sharded one goes on without the file."""
     file = in_metas_layout(model_of(cfg), tmp_path / "metas.pth.tar")
     script = tmp_path / "on_two.py"
     script.write_text(ON_TWO.format(tests=str(Path(__file__).parent), folder=str(tmp_path), file=str(file)))
@@ -350,6 +360,7 @@ def test_two_processes_begin_with_the_same_weights_sharded_or_not(cfg, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("begins with") == 4  # once a run
     results = json.loads((tmp_path / "results.json").read_text())
+    cfg = papers_way(cfg)
     cfg.model.start_from = str(file)
     losses = []
     run = Pretraining(cfg)
@@ -359,4 +370,6 @@ def test_two_processes_begin_with_the_same_weights_sharded_or_not(cfg, tmp_path)
     for name in ("sharded False", "sharded True"):
         assert results[name]["same_weights"]
         torch.testing.assert_close(torch.tensor(results[name]["losses"]), torch.tensor(losses).float(), rtol=1e-5, atol=0)
+    assert results["resumed"]["weights"] == results["sharded True"]["weights"]
+    assert results["resumed"]["losses"] == results["sharded True"]["losses"][STEPS // 2 :]
     assert len(results["refused"]) == 2 and all("this run needs embed_dim 32" in each for each in results["refused"])

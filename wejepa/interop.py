@@ -353,7 +353,10 @@ def config_of_meta(parts: dict[str, dict[str, Tensor]], num_heads: int | None, p
 
     width = most_common((r"(blocks\..*)?norm\d?\.weight", 0), part="encoder")
     if num_heads is None and width not in HEADS:
-        raise ConfigError(f"num_heads cannot be told from a width of {width}: give it")
+        raise ConfigError(
+            f"{path}: num_heads cannot be told from a width of {width}: give it, for model.start_from as model.num_heads beside "
+            f"model.embed_dim = {width}"
+        )
     side = math.isqrt(most_common((r"(predictor_)?pos_embed", 1)))
     patch_size = most_common((r"patch_embed\.proj\.weight", 3), part="encoder")
     narrow = most_common((r"predictor_(blocks\..*)?norm\d?\.weight", 0), part="predictor")
