@@ -247,6 +247,8 @@ def test_what_is_saved_is_read_back_and_searched(folder, model, tmp_path):
     assert same(again, photos) and again.files.folder == folder
     assert again.search(folder / "02.jpg") == photos.search(folder / "02.jpg")
     assert os.listdir(tmp_path / "new") == ["photos.safetensors"]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "new" / "photos.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_only_new_and_changed_files_are_encoded(folder, model, tmp_path, encoded, capsys, monkeypatch):

@@ -204,7 +204,10 @@ class Collection:
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            aside.touch()
+            mode = aside.stat().st_mode
             save_file(tensors, aside, {**header, "sha256": content_hash(header, tensors)})
+            aside.chmod(mode)  # safetensors makes files that nobody else may read, whatever the umask
             with open(aside, "rb+") as written:
                 os.fsync(written.fileno())
             os.replace(aside, path)
