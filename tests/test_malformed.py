@@ -271,3 +271,21 @@ def test_a_checkpoint_of_a_run_that_is_elsewhere(finished, tmp_path):
         torch.save(state | change, tmp_path / "x.pt")
         with pytest.raises(CheckpointError, match="is no whole training state"):
             Pretraining(cfg, resume=tmp_path / "x.pt")
+
+
+def test_tensors_where_none_belong_are_refused(finished, tmp_path):
+    cfg, _, state = finished
+    several = torch.full((16,), float("nan"))
+    for section, name, value in (
+        ("data", "train_batch_size", several),
+        ("data", "crop_scale", [several, 1.0]),
+        ("mask", "num_target_blocks", {}),
+    ):
+        config = copy.deepcopy(state["config"])
+        config[section][name] = value
+        torch.save(state | {"config": config}, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match=rf"was trained with {section}\.{name} = "):
+            Pretraining(cfg, resume=tmp_path / "x.pt")
+    torch.save(state | {"skipped": several}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="is no whole training state: skipped = "):
+        Pretraining(cfg, resume=tmp_path / "x.pt")

@@ -297,7 +297,8 @@ def check_state(state: dict[str, Any], expected: Expected, path: Path) -> None:
         wrong += ["losses"] if len(state["losses"]) != done or not all(isinstance(v, float) for v in state["losses"]) else []
         # Only runs that have computed in float16 have these two.
         wrong += ["scaler"] if "scaler" in state and not is_scaler(state["scaler"]) else []
-        wrong += ["skipped"] if state.get("skipped", 0) not in range(state["step"] + 1) else []
+        skipped = state.get("skipped", 0)
+        wrong += ["skipped"] if not (isinstance(skipped, int) and 0 <= skipped <= state["step"]) else []
     if wrong:
         raise CheckpointError(f"{path} is no whole training state: {wrong[0]} = {str(state.get(wrong[0]))[:60]}; take an earlier one")
     if state["images"] != expected.images:
@@ -322,11 +323,19 @@ def check_settings(saved: Any, cfg: IJepaConfig, path: Path) -> None:
         before = saved.get(section) if isinstance(saved, dict) else None
         for name, value in settings.items():
             found = before.get(name, defaults[section][name]) if isinstance(before, dict) else None
-            if found != value and name not in FREE.get(section, ()):
+            if name not in FREE.get(section, ()) and not is_setting(found, value):
                 raise CheckpointError(
                     f"{path} was trained with {section}.{name} = {found!r}, this run says {value!r}: a resumed run goes on with the "
                     f"settings it began with; set it back, or start afresh in another hardware.output_dir"
                 )
+
+
+def is_setting(found: Any, value: Any) -> bool:
+    """Whether what a checkpoint has in a setting's place is the setting's value."""
+    try:
+        return bool(found == value)
+    except RuntimeError:  # a tensor of several numbers, or a list with one in it
+        return False
 
 
 @contextlib.contextmanager
