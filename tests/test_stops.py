@@ -60,7 +60,13 @@ class Started:
         file.write_text(json.dumps(config(folder, output, workers=1).to_dict()))
         command = [*launcher, SCRIPT, method, "0.1", "--config", str(file)]
         self.process = subprocess.Popen(
-            command, env=ENVIRONMENT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            env=ENVIRONMENT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal; a shell's background job ignores it
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         self.output, self.seen = output, set()
         self.workers = self._wait_for(is_being_started if starting else is_worker, launcher)
