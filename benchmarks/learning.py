@@ -23,7 +23,7 @@ import torch
 
 from wejepa.config import IJepaConfig, default_config
 from wejepa.train.callbacks import OnEpoch
-from wejepa.train.finetune import FinetuneConfig, Judge, train_supervised, untrained
+from wejepa.train.finetune import FinetuneConfig, Judge, share_right, train_with_labels, untrained
 from wejepa.train.loop import Pretraining
 
 COLUMNS = ("mean", "grid", "knn")
@@ -100,7 +100,7 @@ def main() -> None:
             if not args.skip_baselines:
                 note("raw pixels", judge.pixel_scores())
                 note("same encoder, random", judge.scores(untrained(cfg)))
-                note("whole encoder, with labels", judge.scores(train_supervised(cfg, judge.train, judge.index, protocol)))
+                note("whole encoder, with labels", share_right(judge.right(train_with_labels(judge, None).encoder)))
             for minutes in args.minutes:
                 cfg.optimizer.epochs = max(2, round(60 * minutes / pace))
                 run = Pretraining(cfg)

@@ -79,9 +79,9 @@ def sent_elsewhere(model: nn.Module) -> nn.Module:
     """A model, moved there in place."""
     for module in model.modules():
         for name, p in module._parameters.items():
-            if p is not None:
+            if p is not None and not isinstance(p, Elsewhere):
                 module._parameters[name] = nn.Parameter(Elsewhere(p.detach().clone()), p.requires_grad)
         for name, b in module._buffers.items():
-            if b is not None:
+            if b is not None and not isinstance(b, Elsewhere):
                 module._buffers[name] = Elsewhere(b.clone())
     return model

@@ -22,7 +22,8 @@ from wejepa.masking import sample_block_masks
 from wejepa.model import Encoder, IJEPA_base
 from wejepa.presets import BACKBONES, STAGE_WIDTHS, VIT_SIZES
 from wejepa.train.checkpoints import load_model
-from wejepa.train.finetune import train_supervised, untrained
+from wejepa.train.classifier import Classifier, train_classifier
+from wejepa.train.finetune import from_scratch, untrained
 from wejepa.train.loop import Pretraining, parameter_groups
 
 SWINS = [name for name in STAGE_WIDTHS if name.startswith("swin")]
@@ -407,17 +408,18 @@ def test_weights_that_cannot_be_had_are_one_clear_error(monkeypatch, name):
         IJEPA_base(cfg)
 
 
-def test_training_with_labels_unfreezes_and_leaves_usable_statistics(tmp_path):
+def test_training_with_labels_unfreezes_and_leaves_usable_statistics():
     from wejepa.data import load_images
-    from wejepa.train.finetune import FinetuneConfig
 
     cfg = backbone_config("resnet18", img_size=32)
     cfg.model.classification_frozen = True
     source = load_images(cfg)
-    model = train_supervised(cfg, source, torch.arange(20), FinetuneConfig(supervised_epochs=2))
-    teacher, fresh = model.teacher_encoder, untrained(cfg).teacher_encoder
-    assert not torch.equal(teacher.blocks.conv1.weight, fresh.blocks.conv1.weight)
-    assert teacher.blocks.bn1.num_batches_tracked == 4
+    torch.manual_seed(0)
+    classifier = Classifier(from_scratch(cfg), IJEPA_base(cfg).student_encoder, source.classes)
+    train_classifier(classifier, source, torch.arange(20), epochs=2, seed=0, learning_rate=1e-3)
+    trained, fresh = classifier.encoder, untrained(cfg).student_encoder
+    assert not torch.equal(trained.blocks.conv1.weight, fresh.blocks.conv1.weight)
+    assert trained.blocks.bn1.num_batches_tracked == 4
 
 
 def test_scales_and_position_tables_do_not_decay():

@@ -27,10 +27,12 @@ from wejepa.masking import Masks, sample_block_masks
 from wejepa.model import IJEPA_base, IJepaLoss
 from wejepa.train.callbacks import Callback, Monitor
 from wejepa.train.checkpoints import load_model, save_model
+from wejepa.train.classifier import Classifier
 from wejepa.train.finetune import (
     FinetuneConfig,
     Judge,
     compare_pretrained_vs_scratch,
+    finetune_encoder,
     fit_probe,
     train_linear_probe,
 )
@@ -322,12 +324,30 @@ def test_probes_are_trained_where_the_protocol_says(cfg, models, elsewhere):
 def test_the_rows_of_a_comparison_are_computed_where_the_protocol_says(cfg, models, elsewhere, monkeypatch):
     protocol = FinetuneConfig(labels_per_class=6, epochs=2, batch_size=20, supervised_epochs=1, device="meta")
     monkeypatch.setattr(IJEPA_base, "to", lambda model, device: sent_elsewhere(model) if torch.device(device) == THERE else model)
-    monkeypatch.setattr(nn.Linear, "to", lambda layer, device: sent_elsewhere(layer))
-    judged, scores = [], Judge.scores
-    monkeypatch.setattr(Judge, "scores", lambda judge, model: judged.append(model.device) or scores(judge, model))
+    monkeypatch.setattr(Classifier, "to", lambda classifier, device: sent_elsewhere(classifier))
+    judged, right = [], Judge.right
+    monkeypatch.setattr(Judge, "right", lambda judge, encoder: judged.append(encoder.norm.weight.device) or right(judge, encoder))
     rows = compare_pretrained_vs_scratch(protocol, models[1]).rows
-    assert len(rows) == 4 and judged == [THERE] * 3
+    assert len(rows) == 5 and judged == [THERE] * 4
     assert all(0 <= row["knn"] <= 1 for row in rows.values())
+
+
+def test_an_encoder_is_fine_tuned_where_the_protocol_says(cfg, models, elsewhere, monkeypatch):
+    monkeypatch.setattr(Classifier, "to", lambda classifier, device: sent_elsewhere(classifier) if device == THERE else classifier)
+    protocol = FinetuneConfig(labels_per_class=6, supervised_epochs=1)
+    results = {}
+    for device, model in zip(("cpu", "meta"), models, strict=True):
+        protocol.device = device
+        results[device] = finetune_encoder(protocol, model)
+        assert results[device].classifier.device.type == device
+    assert_here_and_close(results["meta"].predictions, results["cpu"].predictions)
+
+
+def test_the_nearest_neighbours_are_found_where_the_features_are(elsewhere):
+    x, y, others = torch.randn(40, 8), torch.arange(40) % 2, torch.randn(9, 8)
+    expected = features.knn_predictions(x, y, others)
+    assert_here_and_close(features.knn_predictions(there(x), y, others), expected)
+    assert_here_and_close(features.knn_predictions(*there(x, y, others)), expected)
 
 
 def pretraining_elsewhere(cfg: IJepaConfig) -> Pretraining:
@@ -422,9 +442,9 @@ def test_t_sne_takes_features_from_elsewhere(elsewhere):
 
 TESTED_ABOVE = {
     *WITH_A_MODEL, *FIGURES,
-    "AttentionExplorer", "Collection", "Monitor", "compare_pretrained_vs_scratch", "export", "from_huggingface", "fit_probe",
-    "knn_accuracy", "load_model", "parameter_groups", "rankme", "run_tsne_projection", "save_model", "teacher_variance", "to_huggingface",
-    "train_linear_probe", "train_supervised",
+    "AttentionExplorer", "Collection", "Monitor", "compare_pretrained_vs_scratch", "export", "finetune_encoder", "fit_probe",
+    "from_huggingface", "knn_accuracy", "knn_predictions", "load_model", "parameter_groups", "rankme", "run_tsne_projection", "save_model",
+    "teacher_variance", "to_huggingface", "train_linear_probe",
 }  # fmt: skip
 NAMES = {"model", "models", "model_or_folder", "features", "tokens", "attentions", "train_x"}
 # By test_distributed.py, on two processes; by test_own_parts.py: a run moves the model that it is given to its own device.

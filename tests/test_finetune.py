@@ -1,5 +1,6 @@
 """The judge is judged: it finds what is there, finds nothing in noise, and never looks at the test labels while choosing."""
 
+import copy
 import math
 
 import pytest
@@ -12,7 +13,8 @@ from wejepa.errors import CheckpointError, ConfigError, DataError
 from wejepa.model import IJEPA_base
 from wejepa.train import finetune
 from wejepa.train.checkpoints import save_checkpoint
-from wejepa.train.finetune import Comparison, FinetuneConfig, compare_pretrained_vs_scratch, fit_probe, train_linear_probe
+from wejepa.train.classifier import Classifier
+from wejepa.train.finetune import Comparison, FinetuneConfig, Judge, compare_pretrained_vs_scratch, fit_probe, train_linear_probe
 
 CLASSES = 5
 
@@ -172,12 +174,18 @@ def test_the_probe_of_a_checkpoint(model, tmp_path):
         train_linear_probe(protocol(checkpoint=str(tmp_path / "none.pt")))
 
 
-def test_labels_per_class(model):
-    """Only the first so many of each class are used: what comes after them may say anything."""
-    source = load_images(model.cfg)
-    assert source.labels.bincount().tolist() == [6] * 10
+def test_labels_per_class_are_drawn_at_random_by_their_seed(model):
+    assert load_images(model.cfg).labels.bincount().tolist() == [6] * 10
     for count, labels in ((2, 20), (6, 60), (50, 60), (0, 60)):
-        assert compare_pretrained_vs_scratch(protocol(labels_per_class=count), model).labels == labels
+        judge = Judge(protocol(labels_per_class=count), model.cfg)
+        assert len(judge.index) == labels and judge.train_y.bincount().tolist() == [labels // 10] * 10
+    one, again, other = (Judge(protocol(labels_per_class=2, labels_seed=seed, seed=seed), model.cfg).index.tolist() for seed in (0, 0, 1))
+    assert one == again and one != other and one == sorted(set(one))
+
+
+def test_a_draw_is_of_the_same_images_whatever_the_probes_seed(model):
+    one, other = (Judge(protocol(labels_per_class=2, seed=seed), model.cfg).index for seed in (0, 1))
+    assert torch.equal(one, other)
 
 
 def by_pattern(monkeypatch, classes: tuple[str, ...] = ("stripes", "dots", "rings")) -> list[tuple[str, str]]:
@@ -229,16 +237,17 @@ def test_settings_are_checked(name, value):
 # ---------------------------------------------------------------- the comparison
 
 
-def test_the_comparison_has_four_rows_and_three_columns(model):
+def test_the_comparison_has_five_rows_and_three_columns(model):
     report = compare_pretrained_vs_scratch(protocol(labels_per_class=3), model, pretraining_seconds=123.0)
     assert isinstance(report, Comparison) and (report.labels, report.tested) == (30, 60)
-    pretrained, random, pixels, supervised = report.rows
+    pretrained, random, pixels, supervised, tuned = report.rows
     assert "pretrained" in pretrained and "random" in random and "pixels" in pixels and "labels" in supervised
+    assert "pretrained" in tuned and "labels" in tuned
     for row in report.rows.values():
         assert {"mean", "grid", "knn"} <= row.keys()
         assert all(0 <= row[key] <= 1 for key in ("mean", "grid", "knn")) and math.isfinite(row["seconds"])
     table = report.table().splitlines()
-    assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
+    assert len(table) == 2 + 5 and len({line.count("|") for line in table}) == 1
     for line, (name, row) in zip(table[2:], report.rows.items(), strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[:4] == [name, *(f"{100 * row[key]:.1f}" for key in ("mean", "grid", "knn"))]
@@ -276,27 +285,95 @@ def test_every_row_learns_where_there_is_something_to_learn(model, monkeypatch):
         assert min(row["mean"], row["grid"], row["knn"]) > 0.8, name
 
 
-def test_the_supervised_encoder_is_trained_and_serves_under_both_names(model, monkeypatch):
-    """Whichever encoder the protocol asks for, the row must be the trained one."""
+def test_the_supervised_encoder_is_trained(model, monkeypatch):
     by_pattern(monkeypatch)
-    source = finetune.load_images(model.cfg)
-    supervised = finetune.train_supervised(model.cfg, source, torch.arange(60), protocol())
+    classifier = finetune.train_with_labels(Judge(protocol(), model.cfg), None)
     torch.manual_seed(protocol().seed)
-    untrained = IJEPA_base(model.cfg).student_encoder.state_dict()
-    teacher = supervised.teacher_encoder.state_dict()
-    for name, value in supervised.student_encoder.state_dict().items():
-        assert torch.equal(value, teacher[name]) and not torch.equal(value, untrained[name]), name
+    begun = IJEPA_base(model.cfg).student_encoder.state_dict()
+    assert not any(torch.equal(value, begun[name]) for name, value in classifier.encoder.state_dict().items())
 
 
-def test_the_supervised_rows_rate_rises_for_a_tenth_and_fades_along_a_cosine(model, monkeypatch):
-    rates = []
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append({group["lr"] for group in self.param_groups}))
+def test_the_pretrained_encoder_is_trained_with_labels_and_stays_as_it_was(model, monkeypatch):
     by_pattern(monkeypatch)
-    model.cfg.optimizer.base_learning_rate = 2e-3
-    finetune.train_supervised(model.cfg, finetune.load_images(model.cfg), torch.arange(60), protocol(supervised_epochs=5))
-    steps = 30  # five epochs of six batches
-    expected = [2e-3 * min(1, (step + 1) / 3) * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
-    assert [rate for (rate,) in rates] == pytest.approx(expected)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    begun = []
+    train = finetune.train_classifier
+    kept = lambda classifier, *args, **options: begun.append(copy.deepcopy(classifier.encoder)) or train(classifier, *args, **options)  # noqa: E731
+    monkeypatch.setattr(finetune, "train_classifier", kept)
+    result = finetune.finetune_encoder(protocol(encoder="student"), model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[f"student_encoder.{name}"]) for name, value in begun[0].state_dict().items())
+    assert not torch.equal(result.classifier.encoder.pos_embed, begun[0].pos_embed)
+    finetune.finetune_encoder(protocol(from_scratch=True, seed=3), model)
+    assert not torch.equal(begun[1].pos_embed, begun[0].pos_embed)
+
+
+def test_fine_tuning_learns_and_tells_its_accuracy(model, monkeypatch):
+    by_pattern(monkeypatch)
+    model.cfg.optimizer.base_learning_rate = 3e-3
+    result = finetune.finetune_encoder(protocol(supervised_epochs=6), model)
+    judge = Judge(protocol(), model.cfg)
+    assert result.accuracy == float((result.predictions == judge.test_y).float().mean()) > 0.9
+    assert result.classifier.classes == ("stripes", "dots", "rings") and not result.classifier.training
+
+
+def test_settings_of_fine_tuning_reach_it(model, monkeypatch):
+    by_pattern(monkeypatch)
+    asked = []
+    monkeypatch.setattr(finetune, "train_classifier", lambda *args, **options: asked.append(options))
+    finetune.finetune_encoder(protocol(layer_decay=0.5, label_smoothing=0.2, supervised_epochs=7, seed=5), model)
+    finetune.finetune_encoder(protocol(layer_decay=0.5, label_smoothing=0.2, supervised_epochs=7, seed=5, from_scratch=True), model)
+    given = {"epochs": 7, "seed": 5, "learning_rate": model.cfg.optimizer.base_learning_rate}
+    assert asked == [given | {"layer_decay": 0.5, "label_smoothing": 0.2}, given]
+
+
+def test_draws_of_labels_are_averaged_and_paired(model):
+    report = compare_pretrained_vs_scratch(protocol(labels_per_class=3, draws=3, labels_seed=7), model)
+    for seed in range(3):
+        single = compare_pretrained_vs_scratch(protocol(labels_per_class=3, labels_seed=7 + seed), model)
+        for name, row in single.right.items():
+            assert all(torch.equal(values[0], report.right[name][column][seed]) for column, values in row.items())
+    first, other, *_ = report.rows
+    mean, low, high = report.difference(first, other, "grid")
+    assert mean == pytest.approx(report.rows[first]["grid"] - report.rows[other]["grid"]) and low <= mean <= high
+    assert len(report.differences().splitlines()) == 2 + 4
+
+
+def test_the_interval_of_a_difference_holds_the_truth_as_often_as_it_says():
+    """Two classifiers that are right with probability 0.7 and 0.6 on images of differing difficulty, under five draws."""
+    generator, inside = torch.Generator().manual_seed(0), 0
+    for _ in range(60):
+        hard = torch.rand(1, 300, generator=generator)
+        one, other = ((torch.rand(5, 300, generator=generator) < p + 0.5 * (hard - 0.5)) for p in (0.7, 0.6))
+        _, low, high = Comparison({}, 0, 300, {"one": {"grid": one}, "other": {"grid": other}}).difference("one", "other", "grid")
+        inside += low <= 0.1 <= high
+    assert inside >= 52  # 57 are expected; fewer than 52 in one of a hundred cases
+
+
+def test_large_pixels_are_judged_small_and_said_so(model):
+    model.cfg.model.img_size = 64
+    judge = Judge(protocol(), model.cfg)
+    pooled = []
+    judge._right = lambda found: pooled.append(found) or {}
+    judge.pixels_right()
+    assert judge.pixel_row == "raw pixels, at 32 x 32" and pooled[0]["grid"][0].shape == (60, 32 * 32)
+    assert pooled[0]["mean"][0].shape == (60, 4 * 4)
+
+
+def test_images_without_labels_are_refused_before_any_is_computed(model, monkeypatch):
+    by_pattern(monkeypatch)
+    load = finetune.load_images
+
+    def without(cfg, split="train"):
+        source = load(cfg, split)
+        source.labels = source.labels.clone()
+        source.labels[:3] = -1 if split == "test" else source.labels[:3]
+        return source
+
+    monkeypatch.setattr(finetune, "load_images", without)
+    monkeypatch.setattr(MemoryImages, "batches", None)
+    with pytest.raises(DataError, match="3 of the 60 test images .* have no label"):
+        train_linear_probe(protocol(), model)
 
 
 def test_the_command_line_probes_and_compares(tmp_path, capsys):
@@ -316,8 +393,11 @@ def test_the_command_line_probes_and_compares(tmp_path, capsys):
     options = [part for s in given for part in ("--set", s)]
     assert main(options) == 0
     assert capsys.readouterr().out.startswith("test accuracy ")
-    assert main([*options, "--compare"]) == 0
+    assert main([*options, "--mode", "compare"]) == 0
     assert "raw pixels" in capsys.readouterr().out
+    written = tmp_path / "new" / "classifier.pt"
+    assert main([*options, "--mode", "finetune", "--set", f"classifier={written}"]) == 0
+    assert str(written) in capsys.readouterr().out and Classifier.load(written).classes
 
 
 def test_the_command_line_refuses_in_one_line(tmp_path, capsys):

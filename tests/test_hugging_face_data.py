@@ -10,6 +10,7 @@ from PIL import Image
 from wejepa.config import adapt_config_for_backbone, default_config, hf224_config
 from wejepa.data import load_images, training_batches
 from wejepa.errors import ConfigError, DataError
+from wejepa.model import IJEPA_base
 from wejepa.train.checkpoints import load_model
 from wejepa.train.finetune import FinetuneConfig, train_linear_probe
 from wejepa.train.pretrain import launch_pretraining
@@ -112,8 +113,61 @@ def test_columns_are_found_by_their_kind_and_a_set_without_splits_is_for_trainin
     path = rows_with(tmp_path, {})
     source = load_images(config(path))
     assert source.classes == ("a", "b") and source.labels.tolist() == [0, 1] * 6
-    with pytest.raises(DataError, match="has no split test or validation or valid or val, only train"):
+    with pytest.raises(DataError, match="has no split test or validation or valid or val, only train: name one .* data.test_split"):
         load_images(config(path), "test")
+
+
+def with_splits(tmp_path, **labels):
+    """A saved set with splits of these labels, -1 where there is none."""
+    kinds = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])})
+    rows = {split: {"image": [picture(i) for i in range(len(y))], "kind": y} for split, y in labels.items()}
+    datasets.DatasetDict({split: datasets.Dataset.from_dict(r, features=kinds) for split, r in rows.items()}).save_to_disk(tmp_path / "set")
+    return config(tmp_path / "set")
+
+
+def test_a_test_split_without_labels_gives_way_to_one_with(tmp_path):
+    cfg = with_splits(tmp_path, train=[0, 1] * 6, test=[-1] * 5, validation=[0, 1, 1])
+    source = load_images(cfg, "test")
+    assert source.labels.tolist() == [0, 1, 1] and "validation" in str(source.files[0])
+
+
+def test_a_split_can_be_named(tmp_path):
+    cfg = with_splits(tmp_path, train=[0, 1] * 6, extra=[1, 1, 0], test=[0], unlabelled=[-1, -1])
+    cfg.data.train_split, cfg.data.test_split = "extra", "train"
+    assert load_images(cfg).labels.tolist() == [1, 1, 0] and load_images(cfg, "test").labels.tolist() == [0, 1] * 6
+    cfg.data.test_split = "dev"
+    with pytest.raises(DataError, match="has no split dev, only train, extra, test, unlabelled: name one in data.test_split"):
+        load_images(cfg, "test")
+
+
+def test_a_probe_on_images_without_labels_is_refused_before_any_is_decoded(tmp_path, monkeypatch):
+    cfg = with_splits(tmp_path, train=[0, 1] * 6, test=[-1] * 5)
+    model = IJEPA_base(cfg)
+    monkeypatch.setattr("wejepa.data.sources.read_image", None)
+    with pytest.raises(DataError, match=r"5 of the 5 test images of data.dataset = 'hf:.*' have no label"):
+        train_linear_probe(FinetuneConfig(), model)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("owner/name", ("owner/name", None, None)),
+        ("owner/name#small", ("owner/name", "small", None)),
+        ("owner/name@v1.0", ("owner/name", None, "v1.0")),
+        ("owner/name@v1.0#small", ("owner/name", "small", "v1.0")),
+    ],
+)
+def test_a_revision_and_a_configuration_can_be_named(monkeypatch, given, asked):
+    calls = []
+
+    def load(name, config, revision):
+        calls.append((name, config, revision))
+        raise ValueError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match="could not be had"):
+        load_images(config(given))
+    assert calls == [asked]
 
 
 def test_of_two_columns_of_images_the_one_named_image_is_taken(tmp_path):

@@ -16,6 +16,7 @@ from wejepa.masking import Masks, sample_block_masks
 from wejepa.model import IJEPA_base, Predictor
 from wejepa.presets import PRESETS
 from wejepa.train.checkpoints import load_model, save_model
+from wejepa.train.classifier import Classifier
 from wejepa.train.loop import Pretraining
 
 pytest.importorskip("safetensors")
@@ -447,6 +448,38 @@ def test_an_export_gives_the_same_numbers(tmp_path, ending, encoder):
         session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(["tokens"], {"images": images.numpy()})[0])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt2", "onnx"])
+def test_an_exported_classifier_gives_the_same_scores(tmp_path, ending):
+    if ending == "onnx":
+        pytest.importorskip("onnxscript")
+        runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = small_model()
+    classifier = Classifier(model.cfg, model.teacher_encoder, ("cat", "dog")).eval()
+    path, images = export(classifier, tmp_path / f"out.{ending}"), torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        expected = classifier(images)
+    if ending == "safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            assert json.loads(file.metadata()["classes"]) == ["cat", "dog"]
+            assert torch.equal(file.get_tensor("head.weight"), classifier.head.weight)
+        return
+    if ending == "pt2":
+        found = torch.export.load(path).module()(images)
+    else:
+        session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(["scores"], {"images": images.numpy()})[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_has_no_folder_for_transformers(tmp_path):
+    model = small_model()
+    with pytest.raises(ConfigError, match=r"give an ending of .* for a classifier"):
+        export(Classifier(model.cfg, model.teacher_encoder, ("cat", "dog")), tmp_path / "folder")
 
 
 @pytest.mark.slow

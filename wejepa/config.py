@@ -110,6 +110,8 @@ class DataConfig(Section):
     dataset: str = setting(
         "fashion_mnist_mini", "name of the data set; wejepa.data.available_datasets() lists them; hf:NAME for Hugging Face's"
     )
+    train_split: str | None = setting(None, "of a Hugging Face data set: what is trained on, if not its split train", optional=True)
+    test_split: str | None = setting(None, "of a Hugging Face data set: what is tested on, if not its test or validation", optional=True)
     root: str = setting(
         "data", "folder of the data set's files; for imagefolder with train/ and test/, or of images alone, or a list of files"
     )

@@ -33,6 +33,7 @@ from wejepa.errors import CheckpointError, ConfigError, exit_code
 from wejepa.model import Encoder, IJEPA_base, Predictor
 from wejepa.paths import path_of, print_line
 from wejepa.train.checkpoints import describe, first_fault, load_model, save_model
+from wejepa.train.classifier import Classifier
 
 __all__ = ["export", "from_huggingface", "from_meta", "to_huggingface"]
 
@@ -378,14 +379,15 @@ def config_of_meta(parts: dict[str, dict[str, Tensor]], num_heads: int | None, p
 # ---------------------------------------------------------------- to elsewhere
 
 
-def export(model: IJEPA_base, path: str | Path, encoder: str = "teacher") -> Path:
-    """Write one encoder in the format that the path's ending names, read it back, and compare.
+def export(model: IJEPA_base | Classifier, path: str | Path, encoder: str = "teacher") -> Path:
+    """Write one encoder, or a classifier, in the format that the path's ending names, read it back, and compare.
 
     Args:
         model: the model.
-        path: .safetensors, tensors in our names; .pt2, a program of torch.export; .onnx; or a folder in Hugging Face's format. The programs
-            take images (B, C, S, S) of the config's size in batches of any size and give tokens (B, N, D).
-        encoder: "teacher", as in the paper, or "student".
+        path: .safetensors, tensors in our names; .pt2, a program of torch.export; .onnx; or, of an encoder, a folder in Hugging Face's
+            format. The programs take images (B, C, S, S) of the config's size in batches of any size and give tokens (B, N, D), or a
+            classifier's scores (B, classes).
+        encoder: "teacher", as in the paper, or "student"; without meaning for a classifier.
 
     Returns:
         The path.
@@ -394,7 +396,10 @@ def export(model: IJEPA_base, path: str | Path, encoder: str = "teacher") -> Pat
         ConfigError: an ending or encoder that is not known; a package of the extra is not installed.
         CheckpointError: it cannot be written, or what is read back differs.
     """
-    net, path = model.encoder(encoder), path_of(path)
+    whole, path = isinstance(model, Classifier), path_of(path)
+    net, gives = (model, "scores") if whole else (model.encoder(encoder), "tokens")
+    if whole and path.suffix not in (".safetensors", ".pt2", ".onnx"):
+        raise ConfigError(f"{path}: give an ending of .safetensors, .pt2 or .onnx for a classifier")
     if path.is_dir() or not re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):  # "encoder_v1.0" has no ending
         return to_huggingface(model, path, encoder)
     if path.suffix not in (".safetensors", ".pt2", ".onnx"):
@@ -407,10 +412,8 @@ def export(model: IJEPA_base, path: str | Path, encoder: str = "teacher") -> Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             weights = {name: value.contiguous() for name, value in net.state_dict().items()}
-            library, about = (
-                import_extra("safetensors.torch"),
-                {"format": "pt", "encoder": encoder, "config": json.dumps(model.cfg.to_dict())},
-            )
+            library, about = import_extra("safetensors.torch"), {"format": "pt", "config": json.dumps(model.cfg.to_dict())}
+            about |= {"classes": json.dumps(model.classes)} if whole else {"encoder": encoder}
             library.save_file(weights, path, metadata=about)
             compare(library.load_file(path), weights, path)
             return path
@@ -421,13 +424,13 @@ def export(model: IJEPA_base, path: str | Path, encoder: str = "teacher") -> Pat
             read = torch.export.load(path).module()
         else:
             import_extra("onnxscript")
-            shapes = {"dynamic_shapes": (batch,), "input_names": ["images"], "output_names": ["tokens"]}
+            shapes = {"dynamic_shapes": (batch,), "input_names": ["images"], "output_names": [gives]}
             torch.onnx.export(net, (images,), path, dynamo=True, verbose=False, **shapes)
             session = import_extra("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
             read = lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])  # noqa: E731
         with torch.no_grad():
             for x in (images, images[:1]):
-                compare({"tokens": read(x)}, {"tokens": net(x)}, path, tolerance=1e-3)
+                compare({gives: read(x)}, {gives: net(x)}, path, tolerance=1e-3)
     return path
 
 

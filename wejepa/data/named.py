@@ -67,7 +67,7 @@ def load_images(cfg: IJepaConfig, split: str = "train") -> MemoryImages | Folder
     shape = {"img_size": cfg.model.img_size, "in_chans": cfg.model.in_chans, "mean": mean, "std": std}
     decoding = {"num_workers": cfg.data.num_workers, "max_unreadable_share": cfg.data.max_unreadable_share}
     if kind == "hf":
-        return RowImages(*_hugging_face_rows(rows_of, split), **decoding, **shape)
+        return RowImages(*_hugging_face_rows(rows_of, split, getattr(cfg.data, f"{split}_split")), **decoding, **shape)
     if name in ("imagefolder", "imagenette"):
         return FolderImages(*_folder_files(name, path_of(cfg.data.root), split), **decoding, **shape)
     if name == "fake":
@@ -171,36 +171,59 @@ def _listed_files(path: Path):
     return path.parent, Files(path.parent, names), torch.zeros(len(names), dtype=torch.long), ("",)
 
 
-def _hugging_face_rows(name: str, split: str):
-    """NAME/SPLIT, and the image rows, labels and classes of a Hugging Face data set: a name on the hub or a folder."""
+HUGGING_FACE_SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # by the name that is looked for first
+
+
+def _hugging_face_rows(given: str, split: str, named: str | None):
+    """NAME/SPLIT, and the image rows, labels and classes of a Hugging Face data set.
+
+    Args:
+        given: NAME, NAME@REVISION, NAME#CONFIG or NAME@REVISION#CONFIG; NAME is on the hub, or a folder.
+        split: "train" or "test". Of several that could serve as "test" the first with labels is taken: on the hub the test images of many
+            sets have none, but a class of -1 each.
+        named: the set's own name for the split, if it is not to be looked for.
+    """
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"data.dataset = 'hf:{name}' needs the package datasets ({error}): pip install 'wejepa[datasets]'") from error
+        raise DataError(f"data.dataset = 'hf:{given}' needs the package datasets ({error}): pip install 'wejepa[datasets]'") from error
 
-    folder = path_of(name)
-    name = str(folder) if folder.is_dir() else name
+    folder = path_of(given)
+    name, revision, config = (str(folder), None, None) if folder.is_dir() else _parts_of(given)
     try:
         if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):  # save_to_disk
             found = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name)
+            found = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:  # offline, no such name, no image in the folder: the library has a type for each
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
-            f"data.dataset = 'hf:{name}' could not be had ({reason}): check the name or folder, and go online once for one on the hub"
+            f"data.dataset = 'hf:{given}' could not be had ({reason}): check the name or folder, and go online once for one on the hub"
         ) from error
     splits = dict(found) if isinstance(found, dict) else {"train": found}
-    tried = {"train": ("train",), "test": ("test", "validation", "valid", "val")}[split]
-    found_split = next((s for s in tried if s in splits), None)
-    if found_split is None:
-        raise DataError(f"data.dataset = 'hf:{name}' has no split {' or '.join(tried)}, only {', '.join(splits)}: take a set that has one")
+    tried = (named,) if named else HUGGING_FACE_SPLITS[split]
+    there = [s for s in tried if s in splits]
+    if not there:
+        raise DataError(
+            f"data.dataset = 'hf:{given}' has no split {' or '.join(tried)}, only {', '.join(splits)}: name one in data.{split}_split"
+        )
+    label = next((key for key, kind in splits[there[0]].features.items() if isinstance(kind, datasets.ClassLabel)), None)
+
+    def labels_of(rows) -> torch.Tensor:
+        return torch.tensor(rows[label][:]) if label else torch.zeros(len(rows), dtype=torch.long)
+
+    found_split = next((s for s in there if (labels_of(splits[s]) >= 0).all()), there[0])
     rows = splits[found_split]
     images = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
     if not images:
-        raise DataError(f"data.dataset = 'hf:{name}' has no column of images, only {', '.join(rows.features)}: take a set that has one")
+        raise DataError(f"data.dataset = 'hf:{given}' has no column of images, only {', '.join(rows.features)}: take a set that has one")
     column = "image" if "image" in images else images[0]
-    label = next((key for key, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)), None)
     classes = tuple(rows.features[label].names) if label else ("",)
-    labels = torch.tensor(rows[label][:]) if label else torch.zeros(len(rows), dtype=torch.long)
-    return folder / found_split, rows.cast_column(column, datasets.Image(decode=False))[column], labels, classes
+    return path_of(name) / found_split, rows.cast_column(column, datasets.Image(decode=False))[column], labels_of(rows), classes
+
+
+def _parts_of(given: str) -> tuple[str, str | None, str | None]:
+    """NAME, REVISION and CONFIG of NAME@REVISION#CONFIG; None for what is not there."""
+    rest, _, config = given.partition("#")
+    name, _, revision = rest.partition("@")
+    return name, revision or None, config or None

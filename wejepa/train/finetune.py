@@ -1,39 +1,50 @@
-"""Was anything learnt? A linear probe on frozen features, and the comparison that could embarrass it.
+"""Was anything learnt? A linear probe on frozen features, fine-tuning, and the comparison that could embarrass both.
 
 The protocol is the same for every row of a comparison: the same labelled training images, features standardised by their own mean and
 deviation, a softmax regression trained by AdamW for every pair of learning rate and weight decay at once, the pair chosen on a fifth of
 the *training* images, the regression trained anew with it on all of them, and one look at the test images.
 
-    python -m wejepa.train.finetune --set checkpoint=outputs/pretrain/latest.pt              # the probe alone
-    python -m wejepa.train.finetune --set checkpoint=outputs/pretrain/latest.pt --compare    # beside its baselines
+    python -m wejepa.train.finetune --set checkpoint=outputs/pretrain/latest.pt                    # the probe alone
+    python -m wejepa.train.finetune --set checkpoint=outputs/pretrain/latest.pt --mode compare     # beside its baselines
+    python -m wejepa.train.finetune --set checkpoint=outputs/pretrain/latest.pt --mode finetune    # the whole encoder
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wejepa.analysis.features import POOLINGS, encode_images, knn_accuracy, pool_tokens
+from wejepa.analysis.features import POOLINGS, encode_images, knn_predictions, pooled_features
 from wejepa.config import IJepaConfig, Section, parse_value, setting
-from wejepa.data import load_images, random_crops
-from wejepa.devices import autocast, pick_device, precision, to_device
+from wejepa.data import load_images
+from wejepa.devices import pick_device
 from wejepa.errors import ConfigError, DataError, exit_code
-from wejepa.memory import freed_memory_kept
 from wejepa.model import IJEPA_base
 from wejepa.seeds import generator_for
 from wejepa.train.checkpoints import load_model
-from wejepa.train.loop import parameter_groups
-from wejepa.train.schedules import cosine
+from wejepa.train.classifier import Classifier, train_classifier
 
-__all__ = ["Comparison", "FinetuneConfig", "Judge", "ProbeResult", "compare_pretrained_vs_scratch", "fit_probe", "train_linear_probe"]
+__all__ = [
+    "Comparison",
+    "FinetuneConfig",
+    "FinetuneResult",
+    "Judge",
+    "ProbeResult",
+    "compare_pretrained_vs_scratch",
+    "finetune_encoder",
+    "fit_probe",
+    "train_linear_probe",
+]
 
 LEARNING_RATES = (1e-3, 1e-2)  # times the square root of the feature's width
+PIXELS = 32  # height and width at which raw pixels are judged at most
 WEIGHT_DECAYS = (0.0, 1e-3, 1e-2)  # share of the weight that a step takes away at the full rate
 
 
@@ -45,9 +56,17 @@ class FinetuneConfig(Section):
     encoder: str = setting("teacher", "teacher, as in the paper, or student")
     pooling: str = setting("grid", "mean over all tokens, or over each cell of a 4 x 4 grid")
     labels_per_class: int = setting(500, "labelled training images of each class; 0 takes all", low=0)
+    labels_seed: int = setting(0, "which labelled images are drawn", low=0, high=2**31 - 1)
+    draws: int = setting(1, "draws of labelled images that a comparison makes: labels_seed, and those that follow it", low=1)
     epochs: int = setting(40, "passes of the probe over its features", low=1)
     batch_size: int = setting(250, "features per update of the probe", low=1)
-    supervised_epochs: int = setting(30, "passes of the encoder that is trained with labels from scratch", low=1)
+    supervised_epochs: int = setting(30, "passes of an encoder that is trained with labels", low=1)
+    layer_decay: float = setting(
+        0.75, "share of the rate of the layer above that a pretrained layer gets in fine-tuning", low=0.0, high=1.0
+    )
+    label_smoothing: float = setting(0.1, "share of the target that fine-tuning spreads over all classes", low=0.0, high=0.9)
+    from_scratch: bool = setting(False, "fine-tuning begins with random weights, for comparison")
+    classifier: str = setting("outputs/finetune/classifier.pt", "where the command line writes what it has fine-tuned")
     seed: int = setting(0, "choice of the split, order of the batches, initial weights", low=0, high=2**31 - 1)
     device: str = setting("auto", "where features and probes are computed: cpu, cuda, mps, or auto for the best one present")
     data_root: str | None = setting(None, "where the data set is now, if not where the checkpoint saw it", optional=True)
@@ -85,7 +104,7 @@ def train_linear_probe(cfg: FinetuneConfig, model: IJEPA_base | None = None) -> 
     """
     model = model or load_model(cfg.checkpoint, device_of(cfg))
     judge = Judge(cfg, model.cfg)
-    train, test = (pool_tokens(tokens, model.cfg.grid_size, cfg.pooling) for tokens in judge.tokens(model))
+    ((train, test),) = judge.features(model.encoder(cfg.encoder), (cfg.pooling,)).values()
     return fit_probe(train, judge.train_y, test, judge.test_y, cfg)
 
 
@@ -126,7 +145,7 @@ def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, 
     right = _softmax_regressions(train_x[kept], train_y[kept], train_x[held], classes, pairs, cfg)[-1] == train_y[held]
     best = pairs[int(right.float().mean(1).argmax())]
     every_epoch = _softmax_regressions(train_x, train_y, test_x, classes, [best], cfg)[:, 0]  # (epochs, N)
-    history = (every_epoch == test_y).float().mean(1).tolist()
+    history = (every_epoch == test_y).cpu().double().mean(1).tolist()
     return ProbeResult(history[-1], history, *best, every_epoch[-1].cpu())
 
 
@@ -166,28 +185,55 @@ def _softmax_regressions(train_x, train_y, test_x, classes: int, pairs: list[tup
 # ---------------------------------------------------------------- the comparison
 
 
+COLUMNS = {"mean": "mean-pooled tokens", "grid": "tokens on a 4 x 4 grid", "knn": "k-NN"}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Test accuracies under one protocol.
 
     Attributes:
         rows: for each encoder, the accuracy of the probe on mean-pooled tokens ("mean"), on a coarse grid ("grid") and of
-            nearest neighbours on that grid ("knn"), and the seconds its training took ("seconds").
+            nearest neighbours on that grid ("knn"), means over the draws of labels, and the seconds its training took ("seconds").
         labels: labelled images that every row was given.
         tested: test images.
+        right: for each encoder and column, which test images were classified rightly under each draw, (draws, tested).
     """
 
     rows: dict[str, dict[str, float]]
     labels: int
     tested: int
+    right: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def difference(self, row: str, other: str, column: str) -> tuple[float, float, float]:
+        """How far `row` is ahead of `other`, and the ends of its 95 % interval, as shares of the test images.
+
+        Both are compared on the same draws and images: draws and test images are drawn anew, with replacement, 2,000 times.
+        """
+        ahead = self.right[row][column].double() - self.right[other][column].double()  # (draws, tested)
+        generator, (draws, tested) = generator_for(0), ahead.shape
+        means = [
+            ahead[torch.randint(draws, (draws,), generator=generator)].mean(0)[torch.randint(tested, (tested,), generator=generator)].mean()
+            for _ in range(2000)
+        ]
+        low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return float(ahead.mean()), low, high
 
     def table(self) -> str:
-        """The rows as a Markdown table, accuracies in percent."""
-        head = ["", "mean-pooled tokens", "tokens on a 4 x 4 grid", "k-NN", "training, s"]
-        lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * 4]
+        """The rows as a Markdown table, accuracies in percent; and how far the first is ahead of each other row, with its interval."""
+        lines = ["| " + " | ".join(["", *COLUMNS.values(), "training, s"]) + " |", "|---|" + "---:|" * 4]
         for name, row in self.rows.items():
-            scores = [f"{100 * row[key]:.1f}" for key in ("mean", "grid", "knn")]
+            scores = [f"{100 * row[key]:.1f}" for key in COLUMNS]
             lines.append("| " + " | ".join([name, *scores, f"{row['seconds']:.0f}" if row["seconds"] else "-"]) + " |")
+        return "\n".join(lines)
+
+    def differences(self) -> str:
+        """How far the first row is ahead of each other one, in points, with its 95 % interval, as a Markdown table."""
+        first, *others = self.rows
+        lines = [f"| {first}, ahead of | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
+        for other in others:
+            found = [[100 * value for value in self.difference(first, other, column)] for column in COLUMNS]
+            lines.append(f"| {other} | " + " | ".join(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" for mean, low, high in found) + " |")
         return "\n".join(lines)
 
 
@@ -195,7 +241,8 @@ def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None 
     """Judge a pretrained encoder beside its baselines, all under the same protocol.
 
     Rows: the pretrained encoder; the same encoder at its random initialisation; raw pixels (the mean patch under "mean", every pixel
-    under "grid": 32 x 32 places to the grid's 4 x 4 on the embedded set); and the whole encoder trained with the same labels from scratch.
+    under "grid", of images shrunk to 32 x 32 if they are larger); the whole encoder trained with the same labels from scratch; and the
+    pretrained encoder trained with them.
 
     Args:
         cfg: the protocol.
@@ -206,16 +253,27 @@ def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None 
     """
     device = device_of(cfg)
     model = model or load_model(cfg.checkpoint, device)
-    judge = Judge(cfg, model.cfg)
-    rows = {
-        f"pretrained {cfg.encoder}": judge.scores(model) | {"seconds": pretraining_seconds},
-        "same encoder, random": judge.scores(untrained(model.cfg).to(device)) | {"seconds": 0.0},
-        "raw pixels": judge.pixel_scores() | {"seconds": 0.0},
-    }
-    start = time.perf_counter()
-    supervised = train_supervised(model.cfg, judge.train, judge.index, cfg)
-    rows["whole encoder, with labels"] = {"seconds": time.perf_counter() - start} | judge.scores(supervised)
-    return Comparison(rows, len(judge.index), len(judge.test_y))
+    judge, right, seconds = Judge(cfg, model.cfg), {}, {}
+    random = untrained(model.cfg).to(device)
+    for draw in range(cfg.draws):
+        judge.draw_labels(cfg.labels_seed + draw)
+        rows = {
+            f"pretrained {cfg.encoder}": (judge.right(model.encoder(cfg.encoder)), pretraining_seconds),
+            "same encoder, random": (judge.right(random.encoder(cfg.encoder)), 0.0),
+            judge.pixel_row: (judge.pixels_right(), 0.0),
+        }
+        for name, begun_with in (("whole encoder, with labels", None), ("pretrained, then with labels", model)):
+            start = time.perf_counter()
+            trained = train_with_labels(judge, begun_with)
+            spent = time.perf_counter() - start
+            rows[name] = judge.right(trained.encoder), spent
+        for name, (found, spent) in rows.items():
+            seconds[name] = seconds.get(name, 0.0) + spent / cfg.draws
+            for column, values in found.items():
+                right.setdefault(name, {}).setdefault(column, []).append(values)
+    stacked = {name: {column: torch.stack(values) for column, values in row.items()} for name, row in right.items()}
+    rows = {name: share_right(found) | {"seconds": seconds[name]} for name, found in stacked.items()}
+    return Comparison(rows, len(judge.index), len(judge.test_y), stacked)
 
 
 def untrained(cfg: IJepaConfig) -> IJEPA_base:
@@ -231,43 +289,59 @@ def from_scratch(cfg: IJepaConfig) -> IJepaConfig:
     return cfg
 
 
-@freed_memory_kept()
-def train_supervised(cfg: IJepaConfig, source, index: Tensor, finetune: FinetuneConfig) -> IJEPA_base:
-    """A model whose encoders were trained from scratch with labels: mean-pooled tokens, a linear layer, cross-entropy.
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A classifier that was trained as a whole.
 
-    The images are augmented as in pretraining, the rate is pretraining's, warmed up for a tenth and lowered along a cosine.
+    Attributes:
+        classifier: the trained encoder with its linear layer, in evaluation mode.
+        accuracy: share of the test images classified rightly.
+        predictions: the class given to each test image, (N,), on the CPU.
+        seconds: what its training took.
     """
-    device = device_of(finetune)
-    torch.manual_seed(finetune.seed)
-    model = IJEPA_base(from_scratch(cfg))
-    head = nn.Linear(model.student_encoder.embed_dim, len(source.classes)).to(device)
-    encoder = model.to(device).student_encoder
-    optimizer = torch.optim.AdamW([*parameter_groups(encoder), {"params": head.parameters(), "decays": False}], fused=True)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.05 * group["decays"]
-    batch_size = min(cfg.data.train_batch_size, len(index))
-    per_epoch = len(index) // batch_size
-    steps, step = finetune.supervised_epochs * per_epoch, 0
-    scaler = torch.amp.GradScaler(device.type, enabled=precision(device, cfg.hardware.mixed_precision) == torch.float16)
-    for epoch in range(finetune.supervised_epochs):
-        order = index[torch.randperm(len(index), generator=generator_for(finetune.seed, epoch))]
-        parts = order[: per_epoch * batch_size].view(per_epoch, batch_size)
-        crops = torch.stack([random_crops(batch_size, cfg, generator_for(finetune.seed, epoch, i)) for i in range(per_epoch)])
-        for part, images in zip(parts, source.augmented(parts, crops, device), strict=True):
-            rate = min(1.0, 10 * (step + 1) / steps) * cosine(step / steps, cfg.optimizer.base_learning_rate, 0.0)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with autocast(device, cfg.hardware.mixed_precision):
-                loss = F.cross_entropy(head(encoder(to_device(images, device)).mean(1)).float(), to_device(source.labels[part], device))
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            step += 1
-    model.teacher_encoder.load_state_dict(encoder.state_dict())
-    return model.eval()
+
+    classifier: Classifier
+    accuracy: float
+    predictions: Tensor
+    seconds: float
+
+
+def finetune_encoder(cfg: FinetuneConfig, model: IJEPA_base | None = None) -> FinetuneResult:
+    """Train a pretrained encoder and a linear layer on its mean-pooled tokens with labels, and test them on held-out images.
+
+    Args:
+        cfg: the labelled images, and `supervised_epochs`, `layer_decay`, `label_smoothing`. With `from_scratch` the encoder begins at
+            random, as for comparison; then every layer has the same rate and the labels are not smoothed.
+        model: a model to begin with instead of `cfg.checkpoint`; it stays as it is.
+
+    Raises:
+        ConfigError: there is no such device.
+        CheckpointError: the checkpoint is absent or damaged.
+        DataError: the set has fewer than two classes.
+    """
+    model = model or load_model(cfg.checkpoint, device_of(cfg))
+    judge = Judge(cfg, model.cfg)
+    start = time.perf_counter()
+    classifier = train_with_labels(judge, None if cfg.from_scratch else model)
+    seconds = time.perf_counter() - start
+    predictions = classifier.predict(judge.test, judge.test_index)
+    return FinetuneResult(classifier, float((predictions == judge.test_y).float().mean()), predictions, seconds)
+
+
+def train_with_labels(judge: Judge, model: IJEPA_base | None) -> Classifier:
+    """A classifier that was trained with a protocol's labelled images, begun from a model's encoder, or at random for None."""
+    cfg = judge.cfg
+    torch.manual_seed(cfg.seed)
+    if model is None:
+        config = from_scratch(judge.config)
+        encoder, options = IJEPA_base(config).student_encoder, {}
+    else:
+        config, encoder = judge.config, copy.deepcopy(model.encoder(cfg.encoder))
+        options = {"layer_decay": cfg.layer_decay, "label_smoothing": cfg.label_smoothing}
+    classifier = Classifier(config, encoder, judge.train.classes).to(device_of(cfg))
+    rate = config.optimizer.base_learning_rate
+    train_classifier(classifier, judge.train, judge.index, epochs=cfg.supervised_epochs, seed=cfg.seed, learning_rate=rate, **options)
+    return classifier
 
 
 class Judge:
@@ -280,14 +354,15 @@ class Judge:
     Attributes:
         train, test: the images.
         index, test_index: which of `train` have labels, which of `test` are asked: files that cannot be read are left out.
+        train_y, test_y: their classes.
 
     Raises:
         ConfigError: an encoder or a pooling that is not known; there is no such device.
-        DataError: the set has fewer than two classes, or too many files that cannot be read.
+        DataError: the set has fewer than two classes, images without a label, or too many files that cannot be read.
     """
 
     def __init__(self, cfg: FinetuneConfig, config: IJepaConfig):
-        for name, known in (("encoder", ("teacher", "student")), ("pooling", POOLINGS)):
+        for name, known in (("encoder", ("teacher", "student")), ("pooling", (*POOLINGS, "layers"))):
             if getattr(cfg, name) not in known:
                 raise ConfigError(f"{name} = {getattr(cfg, name)!r}: give {' or '.join(known)}")
         device_of(cfg)  # refused before any image is read
@@ -298,9 +373,27 @@ class Judge:
         self.train, self.test = load_images(config, "train"), load_images(config, "test")
         if len(self.train.classes) < 2:
             raise DataError(f"data.dataset = {config.data.dataset!r} has one class, a probe needs two: sort the images into class folders")
-        self.index = self.train.readable(first_of_each_class(self.train.labels, cfg.labels_per_class))
+        for split, source in (("train", self.train), ("test", self.test)):
+            if without := int((source.labels < 0).sum()):
+                raise DataError(
+                    f"{without} of the {len(source)} {split} images of data.dataset = {config.data.dataset!r} have no label (their "
+                    f"class is below 0): take a set with labels, or leave those images out"
+                )
         self.test_index = self.test.readable(torch.arange(len(self.test)))
-        self.train_y, self.test_y = self.train.labels[self.index], self.test.labels[self.test_index]
+        self.test_y = self.test.labels[self.test_index]
+        self.draw_labels(cfg.labels_seed)
+
+    def draw_labels(self, seed: int) -> None:
+        """Draw the labelled images, `labels_per_class` of each class."""
+        self.index = self.train.readable(drawn_of_each_class(self.train.labels, self.cfg.labels_per_class, seed))
+        self.train_y = self.train.labels[self.index]
+
+    def features(self, encoder: nn.Module, poolings: tuple[str, ...] = POOLINGS) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each pooling the features of the labelled and of the test images, (N, F) each, on the CPU."""
+        options = {"batch_size": self.config.data.eval_batch_size, "mixed_precision": self.config.hardware.mixed_precision}
+        train = pooled_features(encoder, self.train, self.index, poolings, **options)
+        test = pooled_features(encoder, self.test, self.test_index, poolings, **options)
+        return {pooling: (train[pooling], test[pooling]) for pooling in poolings}
 
     def tokens(self, model: IJEPA_base) -> tuple[Tensor, Tensor]:
         """Tokens of the labelled and of the test images, each (N, P, D), on the CPU."""
@@ -309,38 +402,73 @@ class Judge:
         return train, test
 
     def scores(self, model: IJEPA_base) -> dict[str, float]:
-        """Test accuracy of an encoder: "mean", "grid" and "knn"."""
-        tokens = self.tokens(model)
-        return self._scores({pooling: [pool_tokens(t, self.config.grid_size, pooling) for t in tokens] for pooling in POOLINGS})
+        """Test accuracy of a model's encoder: "mean", "grid" and "knn"."""
+        return share_right(self.right(model.encoder(self.cfg.encoder)))
 
     def pixel_scores(self) -> dict[str, float]:
-        """The same for the pixels: the mean patch under "mean"; every pixel under "grid" and "knn"."""
-        size = self.config.model.patch_size
-        images = ((self.train, self.index), (self.test, self.test_index))
-        pixels = [torch.cat(list(source.batches(index, 500))) for source, index in images]
-        if all((x == x[:, :1]).all() for x in pixels):
-            pixels = [x[:, :1] for x in pixels]  # grey images: their channels are copies of one another
-        patches = [F.unfold(x, size, stride=size).mean(2) for x in pixels]  # (N, C * size * size)
-        return self._scores({"mean": patches, "grid": [x.flatten(1) for x in pixels]})
+        """The same for the pixels."""
+        return share_right(self.pixels_right())
 
-    def _scores(self, pooled: dict[str, list[Tensor]]) -> dict[str, float]:
-        scores = {name: fit_probe(train, self.train_y, test, self.test_y, self.cfg).accuracy for name, (train, test) in pooled.items()}
+    def right(self, encoder: nn.Module) -> dict[str, Tensor]:
+        """Which test images are classified rightly, (N,), from an encoder's features: by "mean", "grid" and "knn"."""
+        return self._right(self.features(encoder))
+
+    @property
+    def pixel_side(self) -> int:
+        """Height and width of the images whose pixels are judged; larger ones would need more memory than any encoder's features."""
+        return min(PIXELS, self.config.model.img_size)
+
+    @property
+    def pixel_row(self) -> str:
+        """What the row of the pixels is called."""
+        side = self.pixel_side
+        return "raw pixels" if side == self.config.model.img_size else f"raw pixels, at {side} x {side}"
+
+    def pixels_right(self) -> dict[str, Tensor]:
+        """The same for the pixels: the mean patch under "mean"; every pixel, at `pixel_side`, under "grid" and "knn"."""
+        train = self._pixels(self.train, self.index)
+        test = self._pixels(self.test, self.test_index)
+        if all((x == x[:, :1]).all() for x, _ in (train, test)):  # grey images: their channels are copies of one another
+            train, test = ((x[:, :1], patch.view(len(patch), x.shape[1], -1)[:, 0]) for x, patch in (train, test))
+        pixels, patches = zip(train, test, strict=True)
+        return self._right({"mean": patches, "grid": [x.flatten(1) for x in pixels]})
+
+    def _pixels(self, source, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, C, side, side) and their mean patches (N, C * size * size)."""
+        small, patches, size = [], [], self.config.model.patch_size
+        for images in source.batches(index, 500):
+            patches.append(F.unfold(images, size, stride=size).mean(2))
+            shrunk = images.shape[-1] > self.pixel_side
+            small.append(F.interpolate(images, (self.pixel_side,) * 2, mode="bilinear", antialias=True) if shrunk else images)
+        return torch.cat(small), torch.cat(patches)
+
+    def _right(self, pooled: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        found = {name: fit_probe(train, self.train_y, test, self.test_y, self.cfg).predictions for name, (train, test) in pooled.items()}
         train, test = pooled["grid"]
-        return scores | {"knn": knn_accuracy(train.to(device_of(self.cfg)), self.train_y, test, self.test_y)}
+        found["knn"] = knn_predictions(train.to(device_of(self.cfg)), self.train_y, test)
+        return {name: predictions == self.test_y for name, predictions in found.items()}
 
 
-def first_of_each_class(labels: Tensor, count: int) -> Tensor:
-    """Indices of the first `count` images of each class, in order; all of them for 0."""
+def share_right(right: dict[str, Tensor]) -> dict[str, float]:
+    """Accuracies from which test images were classified rightly."""
+    return {name: float(values.double().mean()) for name, values in right.items()}
+
+
+def drawn_of_each_class(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Indices of `count` images of each class, drawn at random, in order; all of them for 0, or where a class has fewer."""
     if count == 0:
         return torch.arange(len(labels))
-    return torch.cat([(labels == c).nonzero().flatten()[:count] for c in labels.unique()]).sort().values
+    order = torch.randperm(len(labels), generator=generator_for(seed))
+    return torch.cat([order[labels[order] == c][:count] for c in labels.unique()]).sort().values
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 2 refused with one line on standard error."""
     parser = argparse.ArgumentParser(prog="python -m wejepa.train.finetune", description="Judge a pretrained encoder.")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a setting of FinetuneConfig; repeatable")
-    parser.add_argument("--compare", action="store_true", help="beside a random encoder, raw pixels, and training with labels")
+    parser.add_argument(
+        "--mode", choices=("probe", "compare", "finetune"), default="probe", help="the probe alone; beside its baselines; the whole encoder"
+    )
     args = parser.parse_args(argv)
 
     def run() -> None:
@@ -350,11 +478,17 @@ def main(argv: list[str] | None = None) -> int:
             if not equals:
                 raise ConfigError(f"{text!r}: write field=value, such as pooling=mean")
             setattr(cfg, name.strip(), parse_value(raw))
-        if args.compare:
-            print(compare_pretrained_vs_scratch(cfg).table())
-            return
-        result = train_linear_probe(cfg)
-        print(f"test accuracy {100 * result.accuracy:.2f} % ({cfg.pooling}; rate {result.learning_rate:g}, decay {result.weight_decay:g})")
+        if args.mode == "compare":
+            comparison = compare_pretrained_vs_scratch(cfg)
+            print(comparison.table(), comparison.differences(), sep="\n\n")
+        elif args.mode == "finetune":
+            result = finetune_encoder(cfg)
+            result.classifier.save(cfg.classifier)
+            print(f"test accuracy {100 * result.accuracy:.2f} % after {result.seconds:.0f} s; classifier {cfg.classifier}")
+        else:
+            result = train_linear_probe(cfg)
+            chosen = f"{cfg.pooling}; rate {result.learning_rate:g}, decay {result.weight_decay:g}"
+            print(f"test accuracy {100 * result.accuracy:.2f} % ({chosen})")
 
     return exit_code(run)
 
