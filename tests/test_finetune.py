@@ -237,27 +237,30 @@ def test_settings_are_checked(name, value):
 # ---------------------------------------------------------------- the comparison
 
 
-def test_the_comparison_has_five_rows_and_three_columns(model):
+def test_the_comparison_has_five_rows_and_four_columns(model):
     report = compare_pretrained_vs_scratch(protocol(labels_per_class=3), model, pretraining_seconds=123.0)
     assert isinstance(report, Comparison) and (report.labels, report.tested) == (30, 60)
     pretrained, random, pixels, supervised, tuned = report.rows
     assert "pretrained" in pretrained and "random" in random and "pixels" in pixels and "labels" in supervised
     assert "pretrained" in tuned and "labels" in tuned
-    for row in report.rows.values():
-        assert {"mean", "grid", "knn"} <= row.keys()
-        assert all(0 <= row[key] <= 1 for key in ("mean", "grid", "knn")) and math.isfinite(row["seconds"])
+    for name, row in report.rows.items():
+        assert row.keys() == {"seconds", "mean", "grid", "knn"} | ({"layers"} if name != pixels else set())
+        assert all(0 <= row[key] <= 1 for key in row if key != "seconds") and math.isfinite(row["seconds"])
     table = report.table().splitlines()
     assert len(table) == 2 + 5 and len({line.count("|") for line in table}) == 1
     for line, (name, row) in zip(table[2:], report.rows.items(), strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[:4] == [name, *(f"{100 * row[key]:.1f}" for key in ("mean", "grid", "knn"))]
+        assert cells[:5] == [name, *(f"{100 * row[key]:.1f}" if key in row else "-" for key in ("mean", "layers", "grid", "knn"))]
     assert "123" in table[2]
+    ahead = report.differences().splitlines()
+    assert len(ahead) == 2 + 4 and len({line.count("|") for line in ahead}) == 1
+    assert [line.count(" to ") for line in ahead[2:]] == [4, 3, 4, 4], "each column that both rows have, with its interval"
 
 
 def test_the_columns_are_the_probes_of_each_pooling(model):
     report = compare_pretrained_vs_scratch(protocol(labels_per_class=4), model)
     row = next(iter(report.rows.values()))
-    for pooling in ("mean", "grid"):
+    for pooling in ("mean", "layers", "grid"):
         assert row[pooling] == train_linear_probe(protocol(labels_per_class=4, pooling=pooling), model).accuracy
 
 

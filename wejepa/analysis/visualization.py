@@ -42,7 +42,7 @@ __all__ = [
 CONTEXT, TARGET = "#0072B2", "#D55E00"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999", "#6A3D9A")
 MARKERS, LINES = "os^Dv*PX<>", ("-", "--", ":", "-.")
-BAR_COLOURS = (PALETTE[0], "#999999", PALETTE[4], PALETTE[2])
+BAR_COLOURS = (PALETTE[0], "#999999", PALETTE[4], PALETTE[2], PALETTE[3])
 
 
 def line_styles(names: Collection[str]) -> list[dict[str, str]]:
@@ -158,13 +158,15 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
 
 def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test accuracy under one protocol") -> Figure:
     """Bars for each row of a `Comparison`, one group for each way of reading the tokens."""
-    groups = (("mean", "mean-pooled tokens"), ("grid", "tokens on a 4 x 4 grid"), ("knn", "k-NN"))
+    names = {"mean": "mean-pooled tokens", "layers": "mean-pooled, all layers", "grid": "tokens on a 4 x 4 grid", "knn": "k-NN on the grid"}
+    groups = [(key, name) for key, name in names.items() if any(key in row for row in rows.values())]
     _check_count(rows, len(BAR_COLOURS), "encoders")
-    fig, ax = plt.subplots(figsize=(8.5, 3.6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(9.5, 3.8), layout="constrained")
     width = 0.8 / len(rows)
     for i, ((name, row), colour) in enumerate(zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True)):
-        at = [g + (i - (len(rows) - 1) / 2) * width for g in range(len(groups))]
-        bars = ax.bar(at, [100 * row[key] for key, _ in groups], width * 0.92, color=colour, label=name)
+        found = [(g, 100 * row[key]) for g, (key, _) in enumerate(groups) if key in row]
+        at = [g + (i - (len(rows) - 1) / 2) * width for g, _ in found]
+        bars = ax.bar(at, [value for _, value in found], width * 0.92, color=colour, label=name)
         ax.bar_label(bars, fmt="%.1f", fontsize=8)
     ax.set_xticks(range(len(groups)), [name for _, name in groups])
     ax.set(ylabel="accuracy, %", ylim=(0, 100), title=title)

@@ -26,7 +26,7 @@ from wejepa.config import IJepaConfig, Section, parse_value, setting
 from wejepa.data import load_images
 from wejepa.devices import pick_device
 from wejepa.errors import ConfigError, DataError, exit_code
-from wejepa.model import IJEPA_base
+from wejepa.model import Encoder, IJEPA_base
 from wejepa.seeds import generator_for
 from wejepa.train.checkpoints import load_model
 from wejepa.train.classifier import Classifier, train_classifier
@@ -54,7 +54,7 @@ class FinetuneConfig(Section):
 
     checkpoint: str = setting("outputs/pretrain/latest.pt", "checkpoint of wejepa.train.pretrain")
     encoder: str = setting("teacher", "teacher, as in the paper, or student")
-    pooling: str = setting("grid", "mean over all tokens, or over each cell of a 4 x 4 grid")
+    pooling: str = setting("mean", "what the probe reads: mean of the last layer's tokens, layers (of each layer's), or grid (4 x 4 cells)")
     labels_per_class: int = setting(500, "labelled training images of each class; 0 takes all", low=0)
     labels_seed: int = setting(0, "which labelled images are drawn", low=0, high=2**31 - 1)
     draws: int = setting(1, "draws of labelled images that a comparison makes: labels_seed, and those that follow it", low=1)
@@ -185,7 +185,8 @@ def _softmax_regressions(train_x, train_y, test_x, classes: int, pairs: list[tup
 # ---------------------------------------------------------------- the comparison
 
 
-COLUMNS = {"mean": "mean-pooled tokens", "grid": "tokens on a 4 x 4 grid", "knn": "k-NN"}
+# What is read, each on frozen features; the first is the standard protocol.
+COLUMNS = {"mean": "mean-pooled tokens", "layers": "mean-pooled, all layers", "grid": "tokens on a 4 x 4 grid", "knn": "k-NN on the grid"}
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,9 @@ class Comparison:
     """Test accuracies under one protocol.
 
     Attributes:
-        rows: for each encoder, the accuracy of the probe on mean-pooled tokens ("mean"), on a coarse grid ("grid") and of
-            nearest neighbours on that grid ("knn"), means over the draws of labels, and the seconds its training took ("seconds").
+        rows: for each encoder, the accuracy of the probe on mean-pooled tokens ("mean"), on those of every layer ("layers", of a
+            transformer), on a coarse grid ("grid") and of nearest neighbours on that grid ("knn"), means over the draws of labels, and the
+            seconds its training took ("seconds").
         labels: labelled images that every row was given.
         tested: test images.
         right: for each encoder and column, which test images were classified rightly under each draw, (draws, tested).
@@ -221,9 +223,9 @@ class Comparison:
 
     def table(self) -> str:
         """The rows as a Markdown table, accuracies in percent; and how far the first is ahead of each other row, with its interval."""
-        lines = ["| " + " | ".join(["", *COLUMNS.values(), "training, s"]) + " |", "|---|" + "---:|" * 4]
+        lines = ["| " + " | ".join(["", *COLUMNS.values(), "training, s"]) + " |", "|---|" + "---:|" * (len(COLUMNS) + 1)]
         for name, row in self.rows.items():
-            scores = [f"{100 * row[key]:.1f}" for key in COLUMNS]
+            scores = [f"{100 * row[key]:.1f}" if key in row else "-" for key in COLUMNS]
             lines.append("| " + " | ".join([name, *scores, f"{row['seconds']:.0f}" if row["seconds"] else "-"]) + " |")
         return "\n".join(lines)
 
@@ -232,8 +234,14 @@ class Comparison:
         first, *others = self.rows
         lines = [f"| {first}, ahead of | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
         for other in others:
-            found = [[100 * value for value in self.difference(first, other, column)] for column in COLUMNS]
-            lines.append(f"| {other} | " + " | ".join(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" for mean, low, high in found) + " |")
+            cells = []
+            for column in COLUMNS:
+                if column in self.right[first] and column in self.right[other]:
+                    mean, low, high = (100 * value for value in self.difference(first, other, column))
+                    cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+                else:
+                    cells.append("-")
+            lines.append(f"| {other} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
 
@@ -402,16 +410,16 @@ class Judge:
         return train, test
 
     def scores(self, model: IJEPA_base) -> dict[str, float]:
-        """Test accuracy of a model's encoder: "mean", "grid" and "knn"."""
+        """Test accuracy of a model's encoder under each of `COLUMNS` that it has."""
         return share_right(self.right(model.encoder(self.cfg.encoder)))
 
     def pixel_scores(self) -> dict[str, float]:
-        """The same for the pixels."""
+        """The same for the pixels, which have no layers."""
         return share_right(self.pixels_right())
 
     def right(self, encoder: nn.Module) -> dict[str, Tensor]:
-        """Which test images are classified rightly, (N,), from an encoder's features: by "mean", "grid" and "knn"."""
-        return self._right(self.features(encoder))
+        """Which test images are classified rightly, (N,), from an encoder's features, under each of `COLUMNS` that it has."""
+        return self._right(self.features(encoder, ("mean", *(("layers",) if isinstance(encoder, Encoder) else ()), "grid")))
 
     @property
     def pixel_side(self) -> int:
