@@ -160,7 +160,7 @@ def test_a_probe_on_images_without_labels_is_refused_before_any_is_decoded(tmp_p
 def test_a_revision_and_a_configuration_can_be_named(monkeypatch, given, asked):
     calls = []
 
-    def load(name, config, revision):
+    def load(name, config, revision, streaming):
         calls.append((name, config, revision))
         raise ValueError("offline")
 
@@ -243,3 +243,19 @@ def test_another_set_under_the_same_name_is_noticed(tmp_path):
     source.labels = 1 - source.labels
     del source.fingerprint
     assert source.fingerprint != load_images(config(path)).fingerprint
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "parquet"])
+def test_a_stream_gives_so_many_images_of_the_set(folder, tmp_path, kind):
+    path = folder if kind == "imagefolder" else parquet_of(folder, tmp_path)
+    cfg = config(path)
+    whole = load_images(cfg, "train")
+    everything = torch.cat(list(whole.batches(torch.arange(len(whole)), 100)))
+    cfg.data.streamed = 5
+    some = load_images(cfg, "train")
+    images = torch.cat(list(some.batches(torch.arange(5), 100)))
+    assert len(some) == 5 and len(load_images(cfg, "test")) == 4  # all there are
+    where = [int((everything == image).flatten(1).all(1).nonzero()) for image in images]
+    assert len(set(where)) == 5 and where != sorted(where), "other images, or the first ones of a sorted set"
+    assert torch.equal(some.labels, whole.labels[where]) and some.classes == whole.classes
+    assert torch.equal(some.labels, load_images(cfg, "train").labels), "another choice the second time"

@@ -112,6 +112,9 @@ class DataConfig(Section):
     )
     train_split: str | None = setting(None, "of a Hugging Face data set: what is trained on, if not its split train", optional=True)
     test_split: str | None = setting(None, "of a Hugging Face data set: what is tested on, if not its test or validation", optional=True)
+    streamed: int = setting(
+        0, "of a Hugging Face data set: images of each split that are read into memory, without downloading the rest; 0 downloads it", low=0
+    )
     root: str = setting(
         "data", "folder of the data set's files; for imagefolder with train/ and test/, or of images alone, or a list of files"
     )

@@ -67,7 +67,7 @@ def load_images(cfg: IJepaConfig, split: str = "train") -> MemoryImages | Folder
     shape = {"img_size": cfg.model.img_size, "in_chans": cfg.model.in_chans, "mean": mean, "std": std}
     decoding = {"num_workers": cfg.data.num_workers, "max_unreadable_share": cfg.data.max_unreadable_share}
     if kind == "hf":
-        return RowImages(*_hugging_face_rows(rows_of, split, getattr(cfg.data, f"{split}_split")), **decoding, **shape)
+        return RowImages(*_hugging_face_rows(rows_of, split, getattr(cfg.data, f"{split}_split"), cfg.data.streamed), **decoding, **shape)
     if name in ("imagefolder", "imagenette"):
         return FolderImages(*_folder_files(name, path_of(cfg.data.root), split), **decoding, **shape)
     if name == "fake":
@@ -174,7 +174,7 @@ def _listed_files(path: Path):
 HUGGING_FACE_SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # by the name that is looked for first
 
 
-def _hugging_face_rows(given: str, split: str, named: str | None):
+def _hugging_face_rows(given: str, split: str, named: str | None, streamed: int = 0):
     """NAME/SPLIT, and the image rows, labels and classes of a Hugging Face data set.
 
     Args:
@@ -182,26 +182,29 @@ def _hugging_face_rows(given: str, split: str, named: str | None):
         split: "train" or "test". Of several that could serve as "test" the first with labels is taken: on the hub the test images of many
             sets have none, but a class of -1 each.
         named: the set's own name for the split, if it is not to be looked for.
+        streamed: how many rows to take from a stream, shuffled as it comes, since most sets are sorted; 0 for all, downloaded.
     """
     try:
         import datasets
     except ImportError as error:
         raise DataError(f"data.dataset = 'hf:{given}' needs the package datasets ({error}): pip install 'wejepa[datasets]'") from error
 
+    tried = (named,) if named else HUGGING_FACE_SPLITS[split]
     folder = path_of(given)
     name, revision, config = (str(folder), None, None) if folder.is_dir() else _parts_of(given)
     try:
         if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):  # save_to_disk
             found = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name, config, revision=revision)
+            found = datasets.load_dataset(name, config, revision=revision, streaming=streamed > 0)
+            if streamed:
+                found = {key: _taken(stream, streamed) if key in tried else stream for key, stream in found.items()}
     except Exception as error:  # offline, no such name, no image in the folder: the library has a type for each
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
             f"data.dataset = 'hf:{given}' could not be had ({reason}): check the name or folder, and go online once for one on the hub"
         ) from error
     splits = dict(found) if isinstance(found, dict) else {"train": found}
-    tried = (named,) if named else HUGGING_FACE_SPLITS[split]
     there = [s for s in tried if s in splits]
     if not there:
         raise DataError(
@@ -220,6 +223,16 @@ def _hugging_face_rows(given: str, split: str, named: str | None):
     column = "image" if "image" in images else images[0]
     classes = tuple(rows.features[label].names) if label else ("",)
     return path_of(name) / found_split, rows.cast_column(column, datasets.Image(decode=False))[column], labels_of(rows), classes
+
+
+def _taken(stream, count: int):
+    """The first rows of a shuffled stream, as a data set in memory whose images are not decoded."""
+    import datasets
+
+    features = stream.features or stream._resolve_features().features
+    undecoded = {key: datasets.Image(decode=False) if isinstance(kind, datasets.Image) else kind for key, kind in features.items()}
+    rows = stream.cast(datasets.Features(undecoded)).shuffle(seed=0, buffer_size=max(1000, count)).take(count)
+    return datasets.Dataset.from_list(list(rows), features=datasets.Features(undecoded))
 
 
 def _parts_of(given: str) -> tuple[str, str | None, str | None]:
