@@ -269,8 +269,8 @@ MUTATIONS = (
     ),
     Mutation(
         "no fsync",
-        "wejepa/train/checkpoints.py",
-        "os.fsync(file.fileno())",
+        "wejepa/files.py",
+        'with open(aside, "rb+") as file:\n            os.fsync(file.fileno())',
         "pass",
         ("test_checkpoints.py::test_a_file_is_flushed_whole_before_it_takes_the_name_and_the_folder_after",),
     ),
@@ -326,11 +326,11 @@ MUTATIONS = (
         ("test_pretrain.py::test_the_monitor_asks_other_images_than_vote_and_draws_all_of_them_at_random",),
     ),
     Mutation(
-        "the supervised row at a constant rate",
-        "wejepa/train/finetune.py",
-        "min(1.0, 10 * (step + 1) / steps) * cosine(step / steps, cfg.optimizer.base_learning_rate, 0.0)",
-        "cfg.optimizer.base_learning_rate",
-        ("test_finetune.py::test_the_supervised_rows_rate_rises_for_a_tenth_and_fades_along_a_cosine",),
+        "a classifier at a constant rate",
+        "wejepa/train/classifier.py",
+        "min(1.0, 10 * (step + 1) / steps) * cosine(step / steps, learning_rate, 0.0)",
+        "learning_rate",
+        ("test_classifier.py::test_the_rate_rises_for_a_tenth_and_fades_along_a_cosine",),
     ),
     Mutation(
         "the probe's decay is ignored",

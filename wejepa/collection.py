@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -39,12 +38,12 @@ from wejepa.data import STATISTICS, FolderImages, MemoryImages, as_source, check
 from wejepa.data.decoding import persistently, reason_unreadable
 from wejepa.data.listing import Files, image_files
 from wejepa.devices import autocast, pick_device
-from wejepa.errors import ConfigError, DataError, WejepaError, exit_code
+from wejepa.errors import ConfigError, DataError, WejepaError, exit_code, optional
+from wejepa.files import replaced
 from wejepa.interop import read_weights
 from wejepa.memory import freed_memory_kept
 from wejepa.model import IJEPA_base
 from wejepa.paths import path_of, print_line
-from wejepa.train.checkpoints import flush_folder
 
 __all__ = ["Collection", "Hit", "Pair"]
 
@@ -201,21 +200,11 @@ class Collection:
             "statistics": json.dumps(self.statistics),
             "encoder": self.encoder,
         }
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.touch()
-            mode = aside.stat().st_mode
-            save_file(tensors, aside, {**header, "sha256": content_hash(header, tensors)})
-            aside.chmod(mode)  # safetensors makes files that nobody else may read, whatever the umask
-            with open(aside, "rb+") as written:
-                os.fsync(written.fileno())
-            os.replace(aside, path)
-            flush_folder(path.parent)
+            with replaced(path) as aside:
+                save_file(tensors, aside, {**header, "sha256": content_hash(header, tensors)})
         except (OSError, SafetensorError) as error:
             raise DataError(f"cannot write {path} ({error}): free some space or choose another place") from error
-        finally:
-            aside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, file: str | Path, model: IJEPA_base | None = None) -> Collection:
@@ -343,7 +332,7 @@ class Collection:
         if not 1 <= count <= len(self):
             raise ConfigError(f"count = {count}: give a number of clusters from 1 to {len(self)}, the number of images")
         vectors = F.normalize(self.cells.flatten(1).float(), dim=1).numpy()
-        fitted = optional("sklearn.cluster").KMeans(count, n_init=1, random_state=seed).fit(vectors)
+        fitted = optional("sklearn.cluster", "scikit-learn").KMeans(count, n_init=1, random_state=seed).fit(vectors)
         distance = np.linalg.norm(vectors - fitted.cluster_centers_[fitted.labels_], axis=1)
         groups: list[list[str]] = [[] for _ in range(count)]
         for i in np.argsort(distance, kind="stable"):
@@ -358,7 +347,7 @@ class Collection:
         Raises:
             DataError: a file is no longer there; the collection is not of files.
         """
-        plot_images = optional("wejepa.analysis.visualization").plot_images
+        plot_images = optional("wejepa.analysis.visualization", "matplotlib").plot_images
         names = [hit if isinstance(hit, str) else hit.name for hit in found]
         if not names or (self.stamps < 0).all():
             raise DataError("sheet: " + ("its images are no files: draw them by plot_images" if names else "there is nothing to draw"))
@@ -374,7 +363,7 @@ class Collection:
 
     def table(self):
         """A pandas DataFrame, a row an image: name, size in bytes, time of the last change, SHA-256 (needs pandas)."""
-        pandas = optional("pandas")
+        pandas = optional("pandas", "pandas")
         size, changed = self.stamps.T.tolist()
         checksums = [bytes(row).hex() for row in self.checksums.numpy()]
         return pandas.DataFrame({"name": self.names, "bytes": size, "changed": pandas.to_datetime(changed, utc=True), "sha256": checksums})
@@ -557,14 +546,6 @@ def no_collection(path: Path, reason: Any) -> DataError:
 
 def other_encoder(path: str | Path) -> DataError:
     return DataError(f"{path} was made by another encoder: give the model that it was built with, or build into another file")
-
-
-def optional(module: str) -> Any:
-    """A module that needs a package which wejepa does without otherwise."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"a package is missing ({error}): pip install scikit-learn matplotlib pandas") from error
 
 
 # ---------------------------------------------------------------- the command line

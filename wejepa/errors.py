@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 
 class WejepaError(ValueError):
@@ -34,6 +36,18 @@ def did_you_mean(name: str, known: list[str]) -> str:
     """The tail of an error message: the nearest known name, and all of them when none is near."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+
+
+def optional(module: str, install: str) -> Any:
+    """A module, imported now, of a package that wejepa does without otherwise; `install` is what pip is told.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{(error.name or module).split('.')[0]} is not installed ({error}): pip install {install}") from error
 
 
 def exit_code(command: Callable[[], None]) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import importlib
 import json
 import math
 import re
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from wejepa.config import IJepaConfig, hf224_config
-from wejepa.errors import CheckpointError, ConfigError, exit_code
+from wejepa.errors import CheckpointError, ConfigError, exit_code, optional
 from wejepa.model import Encoder, IJEPA_base, Predictor
 from wejepa.paths import path_of, print_line
 from wejepa.train.checkpoints import describe, first_fault, load_model, save_model
@@ -172,7 +171,7 @@ def to_huggingface(model: IJEPA_base, folder: str | Path, encoder: str = "teache
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        import_extra("safetensors.torch").save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+        optional("safetensors.torch", "'wejepa[interop]'").save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     compare(read_safetensors(folder), theirs, folder)
     return folder
 
@@ -226,7 +225,7 @@ def local_folder(name: str | Path) -> Path:
         raise CheckpointError(
             f"there is no folder {name}: give one with config.json and safetensors, or a name such as 'facebook/ijepa_vith14_1k'"
         )
-    hub = import_extra("huggingface_hub")
+    hub = optional("huggingface_hub", "'wejepa[interop]'")
     try:
         return Path(hub.snapshot_download(str(name), allow_patterns=["config.json", "*.safetensors"]))
     except Exception as error:  # offline, no such name, no permission: the hub has a type for each
@@ -252,7 +251,7 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} holds no .safetensors: take a folder that save_pretrained wrote")
-    safetensors, found = import_extra("safetensors"), {}
+    safetensors, found = optional("safetensors", "'wejepa[interop]'"), {}
     for file in files:
         try:
             with safetensors.safe_open(file, "pt") as tensors:
@@ -412,7 +411,7 @@ def export(model: IJEPA_base | Classifier, path: str | Path, encoder: str = "tea
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             weights = {name: value.contiguous() for name, value in net.state_dict().items()}
-            library, about = import_extra("safetensors.torch"), {"format": "pt", "config": json.dumps(model.cfg.to_dict())}
+            library, about = optional("safetensors.torch", "'wejepa[interop]'"), {"format": "pt", "config": json.dumps(model.cfg.to_dict())}
             about |= {"classes": json.dumps(model.classes)} if whole else {"encoder": encoder}
             library.save_file(weights, path, metadata=about)
             compare(library.load_file(path), weights, path)
@@ -423,10 +422,10 @@ def export(model: IJEPA_base | Classifier, path: str | Path, encoder: str = "tea
             torch.export.save(torch.export.export(net, (images,), dynamic_shapes=(batch,)), path)
             read = torch.export.load(path).module()
         else:
-            import_extra("onnxscript")
+            optional("onnxscript", "'wejepa[interop]'")
             shapes = {"dynamic_shapes": (batch,), "input_names": ["images"], "output_names": [gives]}
             torch.onnx.export(net, (images,), path, dynamo=True, verbose=False, **shapes)
-            session = import_extra("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+            session = optional("onnxruntime", "'wejepa[interop]'").InferenceSession(path, providers=["CPUExecutionProvider"])
             read = lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])  # noqa: E731
         with torch.no_grad():
             for x in (images, images[:1]):
@@ -499,14 +498,6 @@ def config_of_sizes(found: dict[str, Any], where: Any, **predictor: int) -> IJep
         return IJepaConfig.from_dict(cfg)
     except ConfigError as error:
         raise CheckpointError(f"{where} has sizes that wejepa does not take ({error})") from error
-
-
-def import_extra(package: str) -> Any:
-    """A package of the extra, imported now."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ConfigError(f"{package.split('.')[0]} is not installed ({error}): pip install 'wejepa[interop]'") from error
 
 
 def main(argv: list[str] | None = None) -> int:

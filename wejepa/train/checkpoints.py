@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch import Tensor
 from wejepa.config import IJepaConfig
 from wejepa.devices import pick_device
 from wejepa.errors import CheckpointError, ConfigError
+from wejepa.files import replaced
 from wejepa.model import IJEPA_base, Predictor, ijepa_loss
 from wejepa.paths import path_of
 from wejepa.train.ranks import Ranks, is_spread, own_part
@@ -63,18 +62,11 @@ def save_checkpoint(path: Path, state: dict[str, Any], ranks: Ranks | None = Non
         rest = {key: value for key, value in state.items() if key not in ("model", "moments")}
         write_shards(path, flat(state["model"], state["moments"]), {"format": FORMAT, **rest}, ranks)
         return
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with flushed(aside) as file:
+        with replaced(path) as aside, open(aside, "wb") as file:  # by a file's name, torch.save would write that name into it
             torch.save({"format": FORMAT, **state}, file)
-        os.replace(aside, path)
-        flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns some I/O errors into RuntimeError
         raise CheckpointError(f"cannot write {path} ({error}): free some space or choose another hardware.output_dir") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -336,22 +328,3 @@ def is_setting(found: Any, value: Any) -> bool:
         return bool(found == value)
     except RuntimeError:  # a tensor of several numbers, or a list with one in it
         return False
-
-
-@contextlib.contextmanager
-def flushed(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, all of which is on the disk at the end."""
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Make a rename outlast a power failure, where the system lets a folder be flushed."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

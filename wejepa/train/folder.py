@@ -19,8 +19,9 @@ from torch import Tensor
 
 from wejepa.config import IJepaConfig
 from wejepa.errors import CheckpointError
+from wejepa.files import flush_folder, replaced
 from wejepa.paths import path_of
-from wejepa.train.checkpoints import Expected, flush_folder, read_training_state, save_checkpoint
+from wejepa.train.checkpoints import Expected, read_training_state, save_checkpoint
 from wejepa.train.lock import FolderLock
 from wejepa.train.ranks import Ranks
 from wejepa.train.start import starting_weights
@@ -153,13 +154,8 @@ class CheckpointFolder:
         self._prune(self.keep)
 
     def _write_about(self) -> None:
-        aside = self.folder / f".{RUN}.{os.getpid()}.tmp"
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(json.dumps(self._about, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.folder / RUN)
-        flush_folder(self.folder)
+        with replaced(self.folder / RUN) as aside:
+            aside.write_text(json.dumps(self._about, indent=2) + "\n", encoding="utf-8")
 
     def _link(self, path: Path) -> None:
         aside = self.folder / f".{LATEST}.{os.getpid()}.tmp"

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from wejepa.errors import CheckpointError
-from wejepa.train.checkpoints import flush_folder, flushed
+from wejepa.files import flush_folder, flushed
 from wejepa.train.ranks import Ranks
 
 __all__ = ["Shards", "write_shards"]
