@@ -1,0 +1,411 @@
+"""What does pretraining buy, on which images, against what, and how sure is that?
+
+    python -m benchmarks.evidence run --set emoji --seeds 0 1 2    # whatever is not there yet; may be stopped at any time
+    python -m benchmarks.evidence table --set emoji
+
+Every row is judged on the same test images, with the same draws of 5, 10, 50 and 500 labelled images of each class (all of them where a
+class has fewer). A row's result for one seed is one file in benchmarks/evidence/, which holds which test images were classified rightly, so
+that any two rows can be compared image by image, and long runs can be made in parts. The intervals are of 95 %, by a bootstrap over seeds,
+draws and test images at once.
+
+--root DATA tests on the 10,000 official images of Fashion-MNIST in DATA/FashionMNIST/raw instead of the 2,000 that ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wejepa.analysis.features import knn_predictions
+from wejepa.config import IJepaConfig, adapt_config_for_backbone, default_config
+from wejepa.errors import optional
+from wejepa.files import replaced
+from wejepa.model import Encoder, IJEPA_base
+from wejepa.seeds import generator_for
+from wejepa.train.classifier import Classifier, train_classifier
+from wejepa.train.finetune import FinetuneConfig, Judge, drawn_of_each_class, fit_probe, from_scratch, untrained
+from wejepa.train.pretrain import launch_pretraining
+
+RESULTS = Path(__file__).resolve().parent / "evidence"
+RUNS = Path("outputs/evidence")
+LABELS, DRAWS = (5, 10, 50, 500), 5
+COLUMNS = {"mean": "mean-pooled", "layers": "all layers", "grid": "grid", "knn": "k-NN", "own": "own layer"}
+SEEN = 90_000  # images that a training with labels sees, within MOST passes
+MOST = 100
+Features = dict[str, tuple[Tensor, Tensor]]  # by column: of the labelled pool (N, F) and of the test images
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way from images to classes.
+
+    Attributes:
+        name: what the table calls it.
+        features: frozen features of all images, from the judge and a seed; or None.
+        trained: a classifier trained with the judge's labelled images, from the judge and a seed; or None.
+        seeds: False for what has nothing random but the draw of labels.
+    """
+
+    name: str
+    features: Callable[[Judge, int], Features] | None = None
+    trained: Callable[[Judge, int], Classifier] | None = None
+    seeds: bool = True
+
+
+# ---------------------------------------------------------------- features without learning
+
+
+def images_of(judge: Judge) -> tuple[Tensor, Tensor]:
+    """All labelled and all test images, (N, C, S, S); of grey ones one channel."""
+    both = [torch.cat(list(s.batches(i, 500))) for s, i in ((judge.train, judge.index), (judge.test, judge.test_index))]
+    grey = all((x == x[:, :1]).all() for x in both)
+    return tuple(x[:, :1] if grey else x for x in both)
+
+
+def pixels(judge: Judge, seed: int) -> Features:
+    return {"grid": tuple(x.flatten(1) for x in images_of(judge))}
+
+
+def principal_components(judge: Judge, seed: int) -> Features:
+    """The 128 directions of most variance among the pool's pixels."""
+    train, test = (x.flatten(1) for x in images_of(judge))
+    mean = train.mean(0)
+    directions = torch.linalg.eigh((train - mean).T @ (train - mean)).eigenvectors[:, -128:]
+    return {"grid": tuple((x - mean) @ directions for x in (train, test))}
+
+
+def gradients(judge: Judge, seed: int) -> Features:
+    """Histograms of oriented gradients (Dalal and Triggs, 2005), by scikit-image: 4 x 4 cells."""
+    hog, side = optional("skimage.feature", "scikit-image").hog, judge.config.model.img_size // 4
+
+    def of(images: Tensor) -> Tensor:
+        shapes = {"orientations": 9, "pixels_per_cell": (side, side), "cells_per_block": (2, 2), "channel_axis": -1}
+        return torch.from_numpy(np.stack([hog(x.permute(1, 2, 0).numpy(), **shapes) for x in images])).float()
+
+    return {"grid": tuple(of(x) for x in images_of(judge))}
+
+
+def random_convolutions(judge: Judge, seed: int) -> Features:
+    """64 random filters of 6 x 6, rectified, averaged over a 4 x 4 grid: as wide as the encoder's grid."""
+    train, test = images_of(judge)
+    filters = torch.randn(64, train.shape[1], 6, 6, generator=generator_for(seed)) / (36 * train.shape[1]) ** 0.5
+
+    def of(images: Tensor) -> Tensor:
+        return torch.cat([F.adaptive_avg_pool2d(F.relu(F.conv2d(x, filters)), 4).flatten(1) for x in images.split(500)])
+
+    return {"grid": (of(train), of(test))}
+
+
+def k_means_patches(judge: Judge, seed: int, size: int = 6, centres: int = 256) -> Features:
+    """Distances to k-means centres of whitened patches, pooled over quarters: Coates, Lee and Ng (2011)."""
+    train, test = images_of(judge)
+    generator = generator_for(seed)
+
+    def patches(images: Tensor) -> Tensor:  # (B, L, C * size * size), each of mean 0 and deviation 1
+        x = F.unfold(images, size).mT
+        return (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True) + 0.01).sqrt()
+
+    some = patches(train[torch.randperm(len(train), generator=generator)[:1000]]).flatten(0, 1)
+    some = some[torch.randperm(len(some), generator=generator)[:50_000]]
+    mean = some.mean(0)
+    values, directions = torch.linalg.eigh((some - mean).T @ (some - mean) / len(some))
+    whiten = directions @ torch.diag((values + 0.1) ** -0.5) @ directions.T
+    kmeans = optional("sklearn.cluster", "scikit-learn").MiniBatchKMeans(centres, n_init=1, random_state=seed)
+    means = torch.from_numpy(kmeans.fit(((some - mean) @ whiten).numpy()).cluster_centers_).float()
+    side = train.shape[-1] - size + 1
+
+    def of(images: Tensor) -> Tensor:
+        found = []
+        for x in images.split(100):
+            distance = torch.cdist((patches(x) - mean) @ whiten, means)  # (B, L, centres)
+            near = F.relu(distance.mean(2, keepdim=True) - distance)
+            found.append(F.adaptive_avg_pool2d(near.mT.unflatten(2, (side, side)), 2).flatten(1))
+        return torch.cat(found)
+
+    return {"grid": (of(train), of(test))}
+
+
+# ---------------------------------------------------------------- features of an encoder
+
+
+def read(judge: Judge, encoder: nn.Module) -> Features:
+    poolings = ("mean", "layers", "grid") if isinstance(encoder, Encoder) else ("mean", "grid")
+    return judge.features(encoder, poolings)
+
+
+def with_seed(cfg: IJepaConfig, seed: int) -> IJepaConfig:
+    cfg = cfg.copy()
+    cfg.hardware.seed = seed
+    return cfg
+
+
+def random(judge: Judge, seed: int) -> Features:
+    return read(judge, untrained(with_seed(judge.config, seed)).teacher_encoder)
+
+
+def hardest_random(judge: Judge, seed: int) -> Features:
+    """The initialisation whose random encoder is the hardest to beat: what a block adds is not made small."""
+    encoder = untrained(with_seed(judge.config, seed)).teacher_encoder
+    with torch.no_grad():
+        for block in encoder.blocks:
+            for layer in (block.attn.proj, block.mlp[-1]):
+                layer.weight.mul_(10)
+    return read(judge, encoder)
+
+
+def random_resnet(judge: Judge, seed: int) -> Features:
+    """ResNet-18 as it is initialised, up to a total stride that leaves a 4 x 4 grid."""
+    cfg = adapt_config_for_backbone(judge.config, "resnet18")
+    cfg.model.classification_pretrained = False
+    return read(judge, untrained(with_seed(cfg, seed)).teacher_encoder)
+
+
+def pretrained(crops: bool = True) -> Callable[[Judge, int], Features]:
+    return lambda judge, seed: read(judge, pretrained_model(judge, seed, crops).teacher_encoder)
+
+
+def pretrained_model(judge: Judge, seed: int, crops: bool = True) -> IJEPA_base:
+    """The model that the set's recipe gives; trained once, and taken from its folder from then on."""
+    cfg = with_seed(judge.config, seed)
+    if cfg.data.dataset == "fashion_mnist":  # the official test images; what is learnt from is what ships
+        cfg.data.dataset = "fashion_mnist_mini"
+    if not crops:
+        cfg.data.crop_scale, cfg.data.horizontal_flip = (1.0, 1.0), False
+    cfg.hardware.output_dir = str(RUNS / f"{cfg.data.dataset}{'' if crops else '-no-crops'}-{seed}")
+    return launch_pretraining(cfg, resume="auto").model
+
+
+# ---------------------------------------------------------------- trained with the labels
+
+
+class SmallNetwork(nn.Module):
+    """Three convolutions, as a first course on images has them: (B, C, S, S) to tokens (B, N, 128)."""
+
+    embed_dim = 128
+
+    def __init__(self, channels: int):
+        super().__init__()
+        widths = (channels, 32, 64, 128)
+        layers = [
+            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
+            for i, o in itertools.pairwise(widths)
+        ]
+        self.blocks = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(images).flatten(2).mT
+
+
+def trained_with_labels(encoder: Callable[[Judge, int], nn.Module], **options: float) -> Callable[[Judge, int], Classifier]:
+    """A classifier on such an encoder, trained as a whole."""
+
+    def train(judge: Judge, seed: int) -> Classifier:
+        torch.manual_seed(seed)
+        classifier = Classifier(judge.config, encoder(judge, seed), judge.train.classes)
+        epochs = min(MOST, max(1, round(SEEN / len(judge.index))))
+        rate = judge.config.optimizer.base_learning_rate
+        train_classifier(classifier, judge.train, judge.index, epochs=epochs, seed=seed, learning_rate=rate, **options)
+        return classifier
+
+    return train
+
+
+ROWS = (
+    Row("pretrained", pretrained()),
+    Row("pretrained without crops", pretrained(crops=False)),
+    Row("same encoder, random", random),
+    Row("same encoder, random, hardest", hardest_random),
+    Row("raw pixels", pixels, seeds=False),
+    Row("principal components", principal_components, seeds=False),
+    Row("oriented gradients", gradients, seeds=False),
+    Row("random convolutions", random_convolutions),
+    Row("k-means of patches", k_means_patches),
+    Row("ResNet-18, random", random_resnet),
+    Row("small network, with labels", trained=trained_with_labels(lambda judge, seed: SmallNetwork(judge.config.model.in_chans))),
+    Row(
+        "whole encoder, with labels",
+        trained=trained_with_labels(lambda judge, seed: IJEPA_base(from_scratch(with_seed(judge.config, seed))).student_encoder),
+    ),
+    Row(
+        "pretrained, then with labels",
+        trained=trained_with_labels(
+            lambda judge, seed: pretrained_model(judge, seed).teacher_encoder, layer_decay=0.75, label_smoothing=0.1
+        ),
+    ),
+)
+
+
+# ---------------------------------------------------------------- judged, kept and compared
+
+
+def recipe(name: str) -> IJepaConfig:
+    """How a set is learnt."""
+    cfg = default_config()
+    cfg.data.dataset = name
+    if name == "emoji":
+        cfg.optimizer.epochs = 60
+    return cfg
+
+
+def judged(row: Row, judge: Judge, seed: int, labels: tuple[int, ...] = LABELS, draws: int = DRAWS) -> dict[str, dict[str, str]]:
+    """For each "labels/draw" and column, which test images are classified rightly, as `packed`."""
+    found, y, test_y = {}, judge.train.labels, judge.test_y
+    readable = judge.train.readable(torch.arange(len(y)))
+    features = None
+    if row.features:
+        judge.index, judge.train_y = readable, y[readable]
+        features = row.features(judge, seed)
+    most = int(torch.bincount(y[readable]).max())
+    for count in labels:
+        for draw in range(draws if count < most else 1):  # all labels can be drawn in one way
+            index = drawn_of_each_class(y[readable], count, draw)  # places in the pool
+            cell = {}
+            if features:
+                for column, (train, test) in features.items():
+                    cell[column] = fit_probe(train[index], y[readable][index], test, test_y, FinetuneConfig(seed=draw)).predictions
+                train, test = features["grid"]
+                cell["knn"] = knn_predictions(train[index], y[readable][index], test)
+            else:
+                judge.index = readable[index]
+                judge.train_y = y[judge.index]
+                cell["own"] = row.trained(judge, seed).predict(judge.test, judge.test_index)
+            found[f"{count}/{draw}"] = {column: packed(predictions == test_y) for column, predictions in cell.items()}
+    return found
+
+
+def packed(right: Tensor) -> str:
+    return base64.b64encode(np.packbits(right.numpy())).decode()
+
+
+def unpacked(text: str, count: int) -> Tensor:
+    return torch.from_numpy(np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=count)).bool()
+
+
+def file_of(name: str, row: Row, seed: int) -> Path:
+    return RESULTS / f"{name}-{row.name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+
+
+def run(name: str, rows: list[Row], seeds: list[int], root: str | None) -> None:
+    """Judge whatever is not there yet."""
+    cfg = recipe(name)
+    if root:
+        cfg.data.root = root
+    judge = Judge(FinetuneConfig(labels_per_class=0), cfg)
+    for seed in seeds:
+        for row in rows:
+            if seed and not row.seeds:
+                continue
+            file = file_of(name, row, seed)
+            if file.exists():
+                continue
+            start = time.perf_counter()
+            right = judged(row, judge, seed)
+            about = {"set": name, "row": row.name, "seed": seed, "tested": len(judge.test_y), "seconds": time.perf_counter() - start}
+            about |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "right": right}
+            with replaced(file) as aside:
+                aside.write_text(json.dumps(about) + "\n")
+            print(f"{name}, seed {seed}, {row.name}: {about['seconds']:.0f} s", flush=True)
+
+
+def kept(name: str) -> dict[str, list[dict]]:
+    """What is there of a set, by row; a seed each."""
+    found: dict[str, list[dict]] = {}
+    for row in ROWS:
+        for file in sorted(RESULTS.glob(file_of(name, row, 0).name.replace("-0.json", "-*.json"))):
+            about = json.loads(file.read_text())
+            if about["row"] == row.name and about["set"] == name:
+                found.setdefault(row.name, []).append(about)
+    return found
+
+
+def cube(results: list[dict], labels: int, column: str) -> Tensor | None:
+    """Which test images were classified rightly, (seeds, draws, images), or None where the row has no such column."""
+    cells = [
+        [unpacked(cell[column], about["tested"]) for key, cell in about["right"].items() if key.startswith(f"{labels}/") and column in cell]
+        for about in results
+    ]
+    return torch.stack([torch.stack(seed) for seed in cells]).double() if cells and all(cells) else None
+
+
+def interval(values: Tensor, repeats: int = 2000) -> tuple[float, float, float]:
+    """The mean of (seeds, draws, images), and the ends of its 95 % interval: all three are drawn anew, with replacement."""
+    generator = generator_for(0)
+    seeds, draws, images = values.shape
+    means = []
+    for _ in range(repeats):
+        weights = torch.bincount(torch.randint(images, (images,), generator=generator), minlength=images).double() / images
+        some = values[torch.randint(seeds, (seeds,), generator=generator)] @ weights  # (seeds, draws)
+        means.append(some[:, torch.randint(draws, (draws,), generator=generator)].mean())
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(values.mean()), low, high
+
+
+def ahead(one: Tensor, other: Tensor) -> Tensor:
+    """The difference of two rows, image by image; what has one seed, or one draw, stands beside each of the other's."""
+    if min(len(one), len(other)) > 1:
+        both = min(len(one), len(other))
+        one, other = one[:both], other[:both]
+    return one - other
+
+
+def table(name: str) -> Iterator[str]:
+    """Accuracies in percent with their intervals; and how far the pretrained encoder is ahead of each other row."""
+    found = kept(name)
+    for labels in LABELS:
+        yield f"\n{name}, {labels} labelled images of each class\n"
+        yield "| | seeds | " + " | ".join(COLUMNS.values()) + " |\n|---|---:|" + "---:|" * len(COLUMNS)
+        for row, results in found.items():
+            cells = []
+            for column in COLUMNS:
+                values = cube(results, labels, column)
+                cells.append("-" if values is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in interval(values))))
+            yield f"| {row} | {len(results)} | " + " | ".join(cells) + " |"
+        first = found.get("pretrained")
+        if first is None:
+            continue
+        yield f"\n{name}, {labels} labelled images of each class: pretrained, ahead of\n"
+        yield "| | " + " | ".join(list(COLUMNS.values())[:-1]) + " |\n|---|" + "---:|" * (len(COLUMNS) - 1)
+        for row, results in found.items():
+            if row == "pretrained":
+                continue
+            cells = []
+            for column in list(COLUMNS)[:-1]:
+                mine, other = cube(first, labels, column), cube(results, labels, column)
+                if other is None:  # what has one reading alone is compared with each of the encoder's
+                    other = cube(results, labels, "own") if "own" in next(iter(results[0]["right"].values())) else None
+                if other is None:
+                    cells.append("-")
+                else:
+                    cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in interval(ahead(mine, other)))))
+            yield f"| {row} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("--set", choices=("fashion_mnist_mini", "emoji", "fashion_mnist"), default="fashion_mnist_mini")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], help="some of the rows, by name")
+    parser.add_argument("--root", help="folder with FashionMNIST/raw, for --set fashion_mnist")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.command == "table":
+        print("\n".join(table(args.set)))
+    else:
+        run(args.set, [row for row in ROWS if row.name in args.rows], args.seeds, args.root)
+
+
+if __name__ == "__main__":
+    main()
