@@ -418,18 +418,27 @@ def test_the_judge_leaves_out_unreadable_images_and_keeps_labels_beside_theirs(f
         damage(folder / path, "truncated")
     cfg = folder_config(folder)
     with warned() as texts:
-        judge = Judge(FinetuneConfig(labels_per_class=5, epochs=1, pooling="mean"), cfg)
+        judge = Judge(FinetuneConfig(labels_per_class=0, epochs=1), cfg)
     assert len(texts) == 5
-    assert judge.index.tolist() == [0, 1, 3, 4, 6, 8, 9, 10] and judge.train_y.tolist() == [0] * 4 + [1] * 4  # the first five are tried
+    readable = [i for i in range(12) if i not in (2, 7)]
+    assert judge.index.tolist() == readable and judge.train_y.tolist() == [int(i >= 6) for i in readable]
     assert judge.test_index.tolist() == [1, 3, 4, 6, 7] and judge.test_y.tolist() == [0, 0, 1, 1, 1]
     train, test = judge.tokens(IJEPA_base(cfg).eval())
-    assert len(train) == 8 and len(test) == 5
+    assert len(train) == 10 and len(test) == 5
     asked = []
-    judge.train_y = torch.tensor([0, 1] * 4)  # fit_probe wants ten; what it is given is what matters here
-    judge._scores = lambda pooled: asked.append(pooled) or {}
+    judge._right = lambda pooled: asked.append(pooled) or {}
     judge.pixel_scores()
-    assert [len(x) for x in asked[0]["grid"]] == [8, 5]
+    assert [len(x) for x in asked[0]["grid"]] == [10, 5]
     assert (asked[0]["grid"][1].mean(1).diff() > 0).all()  # the fixture's greys rise with the number
+    judge.draw_labels(1)
+    assert len(judge.index) == 10 and 2 not in judge.index
+    judge.cfg.labels_per_class = 5
+    for seed in range(4):  # what is drawn and cannot be read is left out, not replaced
+        with warned():
+            judge.draw_labels(seed)
+        drawn = finetune.drawn_of_each_class(judge.train.labels, 5, seed).tolist()
+        assert judge.index.tolist() == [i for i in drawn if i not in (2, 7)]
+        assert judge.train_y.tolist() == judge.train.labels[judge.index].tolist()
 
 
 def test_labels_a_probe_cannot_have():

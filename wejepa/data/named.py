@@ -192,6 +192,7 @@ def _hugging_face_rows(given: str, split: str, named: str | None, streamed: int 
     tried = (named,) if named else HUGGING_FACE_SPLITS[split]
     folder = path_of(given)
     name, revision, config = (str(folder), None, None) if folder.is_dir() else _parts_of(given)
+    given = name if folder.is_dir() else given
     try:
         if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):  # save_to_disk
             found = datasets.load_from_disk(name)
