@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import io
 import json
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -181,15 +180,6 @@ LICENCES = {
     "emoji": ("NOTO_EMOJI_LICENSE", "TWEMOJI_LICENSE", "EMOJI_DATASOURCE_LICENSE"),
     "fashion_mnist_mini": ("FASHION_MNIST_LICENSE",),
 }
-
-
-@pytest.fixture
-def assets(tmp_path, monkeypatch):
-    """A copy of the files that ship, in the place of the originals."""
-    folder = tmp_path / "assets"
-    shutil.copytree(embedded.ASSETS, folder)
-    monkeypatch.setattr(embedded, "ASSETS", folder)
-    return folder
 
 
 def load(name: str):

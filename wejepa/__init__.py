@@ -17,6 +17,7 @@ _MODULES = {
     "wejepa.train.checkpoints": ("load_model",),
     "wejepa.train.finetune": ("FinetuneConfig", "compare_pretrained_vs_scratch", "train_linear_probe"),
     "wejepa.collection": ("Collection",),
+    "wejepa.pretrained": ("load_pretrained",),
     "wejepa.interop": ("export", "from_huggingface", "from_meta"),
 }
 __all__ = sorted(name for names in _MODULES.values() for name in names)

@@ -357,7 +357,8 @@ class Collection:
                 thumbnails.append(read_image(self.files.folder / name, 96))
             except Exception as error:  # Pillow raises many types
                 raise DataError(f"{self.files.folder / name} cannot be drawn ({reason_unreadable(error)}): build again") from error
-        titles = [Path(name).name[-16:] for name in names]
+        stems = [Path(name).stem for name in names]
+        titles = [stem if len(stem) <= 12 else f"{stem[:11]}…" for stem in stems]  # what fits above a thumbnail
         titles = [title if isinstance(hit, str) else f"{title}\n{hit.similarity:.3f}" for title, hit in zip(titles, found, strict=True)]
         return plot_images(torch.stack(thumbnails), titles, columns=columns, title=title)
 

@@ -193,7 +193,9 @@ class ModelConfig(Section):
     )
     norm_eps: float = setting(1e-6, "what the encoder's layer norms add to the variance", low=0, high=0.1)
     start_from: str | None = setting(
-        None, "weights that a new run begins with: our checkpoint, Meta's .pth.tar, a Hugging Face folder or name", optional=True
+        None,
+        "weights that a new run begins with: our checkpoint, fashion (which ships), Meta's .pth.tar, a Hugging Face folder or name",
+        optional=True,
     )
     classification_backbone: str | None = setting(None, "a torchvision classifier as encoder, or null for our own", optional=True)
     classification_pretrained: bool = setting(False, "start from torchvision's published weights")

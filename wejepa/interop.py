@@ -31,6 +31,7 @@ from wejepa.config import IJepaConfig, hf224_config
 from wejepa.errors import CheckpointError, ConfigError, exit_code, optional
 from wejepa.model import Encoder, IJEPA_base, Predictor
 from wejepa.paths import path_of, print_line
+from wejepa.pretrained import PRETRAINED
 from wejepa.train.checkpoints import describe, first_fault, load_model, save_model
 from wejepa.train.classifier import Classifier
 
@@ -64,7 +65,8 @@ def read_weights(source: str | Path, num_heads: int | None = None) -> tuple[IJEP
     """Weights of any kind that is read here, as a model in evaluation mode whose predictor is None where they have none.
 
     Args:
-        source: our checkpoint; a file in Meta's layout (.pth.tar, .pth); a folder in Hugging Face's format, or a name on the hub.
+        source: our checkpoint, or the name of a model that ships with wejepa; a file in Meta's layout (.pth.tar, .pth); a folder in
+            Hugging Face's format, or a name on the hub.
         num_heads: see `from_meta`.
 
     Returns:
@@ -76,7 +78,7 @@ def read_weights(source: str | Path, num_heads: int | None = None) -> tuple[IJEP
     path = path_of(source)
     if path.name.endswith((".pth.tar", ".pth")):
         return read_meta(path, "target_encoder", num_heads)
-    if path.name.endswith(".pt") or path.is_file():
+    if path.name.endswith(".pt") or path.is_file() or (str(source) in PRETRAINED and not path.exists()):
         model = load_model(path)
         return model, "teacher taken as teacher, student as student" + (", predictor as predictor" if model.predictor else "")
     return read_huggingface(source)
@@ -237,7 +239,7 @@ def local_folder(name: str | Path) -> Path:
 
 def local_copy(source: str | Path) -> str | Path:
     """A path as it was given; a name on the hub as the folder that it was downloaded into."""
-    return source if path_of(source).exists() or looks_local(str(source)) else local_folder(source)
+    return source if path_of(source).exists() or looks_local(str(source)) or str(source) in PRETRAINED else local_folder(source)
 
 
 def looks_local(name: str) -> bool:

@@ -25,6 +25,8 @@ SHA256 = {
     "emoji.csv": "395d7a545d4e34762d2526360b5c924dee3c5374770ca9d76bc1edeb3c59e5e2",
     "emoji_noto.webp": "a5cf767808fadd253114e12ba3fdec709f0ff8cf8d464453d54fa9650d796111",
     "emoji_twemoji.webp": "0186d601f070c75233b618938a24c89febfd75fe7388598ff168614bf988c65c",
+    "fashion.json": "98de42e878c7e1ee61f1fd9a298e2a96ab4893aa7af901d28099992413efb64c",
+    "fashion.safetensors": "d5ad865c4588703b8161d72a770a9709f548331877e603bbbc53b9a1d8667e9a",
     "fashion_mnist_mini_labels.npz": "d749ddb33cf41812aab38d4b0bc0ab9a6cb61b2a365d20865f324ffd4907787e",
     "fashion_mnist_mini_test.png": "2c9dcf338ca3d8f90ac1504e912d0707e4ae60ad461ed5d1c9214e1c4f7ec1e7",
     "fashion_mnist_mini_train.png": "cb3c4f430f5ef6988a6a407398ee6f546929cdaad178d26cc131502c9d7f5202",

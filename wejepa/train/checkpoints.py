@@ -18,6 +18,7 @@ from wejepa.errors import CheckpointError, ConfigError
 from wejepa.files import replaced
 from wejepa.model import IJEPA_base, Predictor, ijepa_loss
 from wejepa.paths import path_of
+from wejepa.pretrained import PRETRAINED, load_pretrained
 from wejepa.train.ranks import Ranks, is_spread, own_part
 
 __all__ = [
@@ -111,7 +112,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> IJEPA_ba
     """The model of a checkpoint, built from the config it carries and loaded strictly, in evaluation mode.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint; or, where there is no such file, the name of a model that ships with wejepa, see `load_pretrained`.
         device: where the model is wanted: "cpu", "cuda", "mps", or "auto" for the best one present.
 
     Where the run had a predictor of its own, only the encoders are loaded, and `model.predictor` is None: the file holds its weights, not
@@ -122,6 +123,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> IJEPA_ba
         CheckpointError: see `load_checkpoint`; or the weights do not fit the config.
     """
     device = pick_device(device, "device")
+    if str(path) in PRETRAINED and not path_of(path).exists():
+        return load_pretrained(str(path), device)
     state = load_checkpoint(path)
     try:
         model, weights = IJEPA_base.without_weights(IJepaConfig.from_dict(state["config"])), state["model"]

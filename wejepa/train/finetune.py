@@ -52,7 +52,9 @@ WEIGHT_DECAYS = (0.0, 1e-3, 1e-2)  # share of the weight that a step takes away 
 class FinetuneConfig(Section):
     """How features are judged."""
 
-    checkpoint: str = setting("outputs/pretrain/latest.pt", "checkpoint of wejepa.train.pretrain")
+    checkpoint: str = setting(
+        "outputs/pretrain/latest.pt", "checkpoint of wejepa.train.pretrain, or the name of a model that ships: fashion"
+    )
     encoder: str = setting("teacher", "teacher, as in the paper, or student")
     pooling: str = setting("mean", "what the probe reads: mean of the last layer's tokens, layers (of each layer's), or grid (4 x 4 cells)")
     labels_per_class: int = setting(500, "labelled training images of each class; 0 takes all", low=0)
