@@ -1,0 +1,100 @@
+// The mask sampler with its settings; coverage is counted while one looks.
+"use strict";
+
+wejepa.ui.page("masks", async (root) => {
+  const {make, slider, tick, button, picture, heat, legend, imagesOf, atNextFrame, panel} = wejepa.ui;
+  const {random, sample} = wejepa.masks, {GRID, N} = wejepa;
+  const image = picture(imagesOf(await wejepa.load("images"))[7 * 3].bytes);
+  const settings = {targetScale: [0.15, 0.2], targetAspect: [0.75, 1.5], contextScale: [0.85, 1], contextAspect: [1, 1], blocks: 4, share: 0.33};
+  const bugs = {exclusive: false, cut: false, tied: false};
+  const COLOURS = ["#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#999999", "#6a3d9a"], ENOUGH = 20000;
+  let batch = 64, seed = 1, count, counting, sizes;
+
+  const draws = [1, 2, 3].map((k) => panel(`Draw ${k}`, {label: `Masks of draw ${k}: hidden patches are tinted, frames are target blocks`}));
+  const target = panel("How often it is a target"), context = panel("How often it is context");
+  const line = make("p", {class: "live-line"}), counted = make("p", {class: "live-line"}), trouble = make("p", {class: "live-line", role: "status"});
+  const asked = new Float64Array(N), shown = new Float64Array(N);
+
+  function drawn() {
+    const masks = sample(batch, GRID, settings, random(seed), bugs);
+    draws.forEach(({draw}, k) => draw((paint) => {
+      paint.image(image);
+      const seen = new Set(masks.context[k]);
+      for (let p = 0; p < N; p++) if (!seen.has(p)) paint.hide(p);
+      masks.targets[k].forEach((block, m) => paint.box(block[0], ...masks.block, COLOURS[m % COLOURS.length], 4 + 3 * m));
+    }));
+    line.textContent = `The student sees ${masks.context[0].length} of ${N} patches and predicts ${settings.blocks} blocks of ` +
+      `${masks.block[0]} × ${masks.block[1]}.`;
+    asked.fill(0);
+    shown.fill(0);
+    count = 0;
+    sizes = 0;
+    counting ??= setTimeout(more, 0);
+  }
+
+  /** Some more batches, for ten milliseconds at a time, until there are enough. */
+  const rand = random(99);
+  function more() {
+    const until = performance.now() + 10;
+    while (performance.now() < until && count < ENOUGH) {
+      const masks = sample(batch, GRID, settings, rand, bugs);
+      for (let b = 0; b < batch; b++) {
+        new Set(masks.targets[b].flat()).forEach((p) => asked[p]++);
+        masks.context[b].forEach((p) => shown[p]++);
+      }
+      sizes += batch * masks.context[0].length;
+      count += batch;
+    }
+    const upper = shown.slice(0, N / 2).reduce((a, b) => a + b, 0) / shown.reduce((a, b) => a + b, 0);
+    const never = asked.filter((v) => !v).length;
+    for (const [map, values] of [[target, asked], [context, shown]])
+      map.draw((paint) => values.forEach((v, p) => paint.fill(p, heat(v / count / 0.8))));
+    counted.textContent = `Counted over ${count.toLocaleString("en")} images: ${(sizes / count).toFixed(1)} patches of context on average, ` +
+      `${Math.round(100 * upper)} % of them in the upper half; ${never ? `${never} patches are never a target` : "every patch is a target at some time"}.`;
+    root.setAttribute("data-counted", count);
+    counting = count < ENOUGH ? setTimeout(more, 8) : null;
+  }
+
+  const change = atNextFrame(() => {
+    const patches = settings.share + settings.targetScale[1];
+    trouble.textContent = patches > 1 ? "Context and one target block do not fit into the grid together, so the blocks are made smaller." : "";
+    drawn();
+  });
+  const pair = (text, name, min, max) => {
+    const ends = ["smallest", "largest"].map((which, i) => slider(`${text}, ${which}`, {min, max, step: 0.01, value: settings[name][i]}, (value) => {
+      settings[name][i] = value;
+      const other = ends[1 - i];
+      if ((i === 0 && value > settings[name][1]) || (i === 1 && value < settings[name][0])) {
+        settings[name][1 - i] = value;
+        other.input.value = other.output.textContent = value;
+      }
+      change();
+    }));
+    return ends.map((end) => end.element);
+  };
+  const switches = [
+    ["exclusive", "The last row and column are never drawn: the corner's upper bound is exclusive"],
+    ["cut", "Every context is cut to the batch's shortest, in raster order"],
+    ["tied", "One random number draws a block's area and its shape"],
+  ].map(([name, text]) => tick(text, false, (on) => {
+    bugs[name] = on;
+    change();
+  }));
+  const all = (on) => {
+    switches.forEach(({input}) => (input.checked = on));
+    for (const name of Object.keys(bugs)) bugs[name] = on;
+    change();
+  };
+  root.replaceChildren(
+    make("div", {class: "live-panels"}, ...draws.map((d) => d.element)), line,
+    make("div", {class: "live-row"}, button("Draw again", () => { seed++; change(); }), button("Ours", () => all(false)), button("The published sampler's", () => all(true))),
+    make("fieldset", {class: "live-switches"}, make("legend", {}, "The published sampler's habits"), ...switches.map((s) => s.element)),
+    make("div", {class: "live-panels live-two"}, target.element, context.element), counted, legend("never", "80 % of the images", ""), trouble,
+    make("fieldset", {class: "live-settings"}, make("legend", {}, "Settings"),
+      slider("Target blocks", {min: 1, max: 8, step: 1, value: settings.blocks}, (v) => { settings.blocks = v; change(); }).element,
+      slider("Context share", {min: 0.05, max: 0.8, step: 0.01, value: settings.share}, (v) => { settings.share = v; change(); }).element,
+      ...pair("Target area", "targetScale", 0.02, 0.6), ...pair("Target height over width", "targetAspect", 0.3, 3),
+      ...pair("Context area", "contextScale", 0.2, 1), ...pair("Context height over width", "contextAspect", 0.3, 3),
+      slider("Images in a batch", {min: 3, max: 256, step: 1, value: batch}, (v) => { batch = v; change(); }).element));
+  drawn();
+});

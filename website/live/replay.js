@@ -1,0 +1,103 @@
+// Training, replayed: what the run's checkpoints make of a few images, and what its monitors said.
+"use strict";
+
+wejepa.ui.page("replay", async (root) => {
+  const {make, panel, picture, heat, legend, slider, choice, button, atNextFrame} = wejepa.ui;
+  const {N, WIDTH, GRID} = wejepa;
+  const {tensors, notes} = await wejepa.load("replay"), points = notes.epochs.length, count = notes.names.length;
+  const images = Array.from({length: count}, (_, i) => picture(tensors.images.data.slice(i * 1024, (i + 1) * 1024)));
+  const state = {point: 0, image: 0, chosen: N / 2 + 4};
+
+  const pick = (place) => {
+    state.chosen = place;
+    update();
+  };
+  const board = panel("Image: click a patch", {act: pick, moved: pick, label: "Patches of the image. Arrow keys choose a patch."});
+  const colours = panel("Its tokens as colours"), similar = panel("Tokens like the chosen one"), wrong = panel("Prediction error");
+  const line = make("p", {class: "live-line", role: "status"});
+
+  // A monitor is a line over the epochs; a bar stands at the chosen one.
+  const SVG = "http://www.w3.org/2000/svg";
+  const draw = (tag, attributes, text = "") => {
+    const element = document.createElementNS(SVG, tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.textContent = text;
+    return element;
+  };
+  const monitors = [["loss", "Loss", 2], ["teacher_variance", "Teacher variance", 2], ["rankme", "RankMe, of 64 dimensions", 0], ["knn", "k-NN accuracy", 2]].map(([name, title, digits]) => {
+    const values = notes[name], low = Math.min(...values), high = Math.max(...values), last = values.length;
+    const x = (epoch) => 34 + (epoch / last) * 214, y = (v) => 86 - ((v - low) / (high - low)) * 72;
+    const svg = draw("svg", {viewBox: "0 0 256 104", role: "img", "aria-label": `${title} over ${last} epochs, from ${values[0].toFixed(digits)} to ${values[last - 1].toFixed(digits)}`, class: "live-chart"});
+    const bar = draw("line", {y1: 8, y2: 90, class: "live-bar"}), dot = draw("circle", {r: 4, class: "live-dot"});
+    svg.append(
+      draw("line", {x1: 34, x2: 248, y1: 90, y2: 90, class: "live-axis"}), draw("text", {x: 30, y: 18, "text-anchor": "end"}, high.toFixed(digits)),
+      draw("text", {x: 30, y: 90, "text-anchor": "end"}, low.toFixed(digits)), draw("text", {x: 34, y: 102}, "0"),
+      draw("text", {x: 248, y: 102, "text-anchor": "end"}, `${last} epochs`),
+      draw("polyline", {points: values.map((v, i) => `${x(i + 1)},${y(v)}`).join(" "), class: "live-curve"}), bar, dot);
+    const value = make("b");
+    return {element: make("figure", {class: "live-panel"}, make("figcaption", {}, `${title}: `, value), svg), at: (epoch) => {
+      bar.setAttribute("x1", x(epoch));
+      bar.setAttribute("x2", x(epoch));
+      dot.setAttribute("cx", x(Math.max(1, epoch)));
+      dot.setAttribute("cy", y(values[Math.max(1, epoch) - 1]));
+      dot.setAttribute("visibility", epoch ? "visible" : "hidden");
+      value.textContent = epoch ? values[epoch - 1].toFixed(digits) : "not measured";
+    }};
+  });
+
+  const update = atNextFrame(() => {
+    const {point, image, chosen} = state, at = (point * count + image) * N;
+    const tokens = tensors.tokens.data.subarray(at * WIDTH, (at + N) * WIDTH), epoch = notes.epochs[point];
+    board.draw((paint) => {
+      paint.image(images[image]);
+      paint.frame(chosen, "#e8590c");
+    });
+    colours.draw((paint) => {
+      for (let p = 0; p < N; p++) paint.fill(p, `rgb(${[0, 1, 2].map((c) => tensors.colours.data[(at + p) * 3 + c]).join()})`);
+    });
+    similar.draw((paint) => {
+      for (let p = 0; p < N; p++) paint.fill(p, heat((wejepa.cosine(tokens, chosen, tokens, p) + 1) / 2));
+      paint.frame(chosen, "#e8590c");
+    });
+    let total = 0;
+    wrong.draw((paint) => {
+      for (let p = 0; p < N; p++) {
+        total += tensors.errors.data[at + p];
+        paint.fill(p, heat(tensors.errors.data[at + p] / 0.6));
+      }
+    });
+    monitors.forEach((monitor) => monitor.at(epoch));
+    line.textContent = `${epoch ? `After ${epoch} epochs` : "Before training"}: mean prediction error ${(total / N).toFixed(2)} on this image.`;
+    epochs.output.textContent = String(epoch);
+    epochs.input.setAttribute("aria-valuetext", `epoch ${epoch}`);
+  });
+  const epochs = slider("Epoch", {min: 0, max: points - 1, step: 1, value: 0}, (value) => {
+    state.point = value;
+    update();
+  });
+  let timer = null;
+  const play = button("Play", () => {
+    if (timer) {
+      clearInterval(timer);
+      timer = null;
+    } else {
+      if (state.point === points - 1) state.point = -1;
+      timer = setInterval(() => {
+        epochs.input.value = ++state.point;
+        if (state.point === points - 1) play.click();
+        update();
+      }, 700);
+    }
+    play.textContent = timer ? "Stop" : "Play";
+  });
+  const which = choice("Image", notes.names.map((name, i) => [String(i), name]), "0", (value) => {
+    state.image = Number(value);
+    update();
+  });
+  root.replaceChildren(
+    make("div", {class: "live-row"}, epochs.element, play, which.element), line,
+    make("div", {class: "live-panels live-four"}, board.element, colours.element, similar.element, wrong.element),
+    legend("low", "high", "similarity from −1 to 1; error from 0 to 0.6"),
+    make("div", {class: "live-panels live-four"}, ...monitors.map((m) => m.element)));
+  update();
+});
