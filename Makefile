@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # too, a training step takes some ten times as long.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup tutorial render test test-quick portable lab lint format clean
+.PHONY: help setup tutorial render test test-quick portable site lab lint format clean
 
 help:
 	@echo 'make setup      create .venv and install the package with everything the course needs'
@@ -20,6 +20,7 @@ help:
 	@echo 'make test       check the style, then run all tests and all notebooks (PYTEST_ARGS="-k masks" for some of them)'
 	@echo 'make test-quick the quick tests only, in a minute or two, while you work; no notebook'
 	@echo 'make portable   run the tests and notebooks as other processors, precisions and versions of torch would'
+	@echo 'make site       build the website into website/_build/html/, offline; open website/_build/html/index.html'
 	@echo 'make lint       check the style only'
 	@echo 'make format     put the code in the style'
 	@echo 'make clean      remove .venv, caches, build files and outputs/course'
@@ -56,6 +57,11 @@ test-quick: setup
 portable: setup
 	@$(PY) -m benchmarks.portable
 
+site: setup
+	@$(PY) -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[site]'
+	@$(PY) -m sphinx -q -W --keep-going -d website/_build/doctrees -b html website website/_build/html
+	@echo 'Built: website/_build/html/index.html'
+
 lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -69,5 +75,5 @@ lab: setup
 
 # Not data/ nor the other outputs/: those may have taken hours.
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis outputs/course
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info .pytest_cache .ruff_cache .hypothesis outputs/course website/_build website/_live website/notebooks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

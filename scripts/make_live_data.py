@@ -8,13 +8,12 @@ for predicted tokens, the same encoder untrained, and each place's mean token. B
 that is opened from a folder instead of a server may load scripts and nothing else.
 
 RUN is the folder in which `scripts/make_weights.py train fashion` left its checkpoints. From them, and from the weights that the run began
-with, `replay` writes website/live/replay.safetensors.
+with, `replay` writes website/static/replay.safetensors.
 """
 
 import argparse
 import base64
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from wejepa.model import Encoder, IJEPA_base
 from wejepa.pretrained import pretrained_facts
 from wejepa.train.checkpoints import load_model
 
-LIVE = Path(__file__).resolve().parent.parent / "website" / "live"
+STATIC = Path(__file__).resolve().parent.parent / "website" / "static"
 SHOWN = 3  # test images of each class of Fashion-MNIST
 EMOJI = ("dog", "cat", "pizza", "rocket", "grinning", "car", "tulip", "guitar")
 BANK = 320  # training images whose patches stand for predicted tokens
@@ -81,15 +80,15 @@ def write(file: Path, tensors: dict[str, Tensor] | bytes, notes: dict | None = N
     print(f"{file.name}: {len(content):,} bytes")
 
 
-def write_script(file: Path) -> None:
+def write_script(file: Path, folder: Path) -> None:
     """The file's copy as a script that calls `wejepa.arrived` with it."""
     text = base64.b64encode(file.read_bytes()).decode()
-    with replaced(file.with_suffix(".js")) as aside:
+    with replaced(folder / f"{file.stem}.data.js") as aside:
         aside.write_text(f'wejepa.arrived("{file.stem}", "{text}");\n')
 
 
 def write_live(folder: Path) -> None:
-    """Everything but the replay, which is copied."""
+    """Everything but the replay, which is committed; its copy as a script is written here."""
     model = load_pretrained("fashion")
     source, fresh = load_images(model.cfg, "train"), untrained(model.cfg)
     pixels, labels, classes = fashion_images("test")
@@ -121,9 +120,8 @@ def write_live(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "weights.safetensors", asset("fashion.safetensors"))
     write(folder / "images.safetensors", tensors, notes)
-    shutil.copy(LIVE / "replay.safetensors", folder)
-    for name in ("weights", "images", "replay"):
-        write_script(folder / f"{name}.safetensors")
+    for file in (folder / "weights.safetensors", folder / "images.safetensors", STATIC / "replay.safetensors"):
+        write_script(file, folder)
 
 
 def aligned_colours(tokens: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -173,7 +171,7 @@ def write_replay(run: Path) -> None:
     tensors = {"tokens": torch.stack(tokens), "colours": torch.stack(colours), "errors": torch.stack(errors)}
     tensors["images"] = pixels[index, 0].contiguous()
     monitors = {name: [round(line[name], 4) for line in facts["history"]] for name in ("loss", "teacher_variance", "rankme", "knn")}
-    write(LIVE / "replay.safetensors", tensors, {"epochs": epochs, "names": [classes[c] for c in labels[index].tolist()], **monitors})
+    write(STATIC / "replay.safetensors", tensors, {"epochs": epochs, "names": [classes[c] for c in labels[index].tolist()], **monitors})
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ const wejepa = (() => {
     return new Promise((resolve, reject) => {
       waiting[name] = resolve;
       const script = document.createElement("script");
-      script.src = `${here}${name}.js`;
-      script.onerror = () => reject(new Error(`${name}.js cannot be read`));
+      script.src = `${here}${name}.data.js`;
+      script.onerror = () => reject(new Error(`${name}.data.js cannot be read`));
       document.head.append(script);
     });
   }

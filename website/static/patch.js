@@ -117,7 +117,7 @@ wejepa.ui.page("patch", async (root) => {
     make("div", {class: "live-row"}, both.element, centred.element),
     make("div", {class: "live-panels live-pairs"}, board.element, other.element, ...maps.flatMap((row) => row.map((map) => map.element))),
     key, line,
-    make("h3", {}, "Image A"), chooser("Image A", images, 21, use(0)), make("h3", {}, "Image B"), chooser("Image B", images, 22, use(1)));
+    make("h2", {}, "Image A"), chooser("Image A", images, 21, use(0)), make("h2", {}, "Image B"), chooser("Image B", images, 22, use(1)));
   use(0)(images[21]);
   use(1)(images[22]);
 });
