@@ -64,14 +64,18 @@ def shapes() -> dict[str, str]:
     return {
         "image": f'<rect class="box" x="20" y="96" width="100" height="100"/>{shirt}<text x="70" y="218">image</text>',
         "patches": arrow("M126 146 H156") + grid(164, 96, whole) + '<text x="214" y="218">patches</text>',
-        "context": arrow("M270 122 C300 100 300 70 326 70") + grid(334, 20, {"see": CONTEXT}) + '<text x="384" y="140">context: seen</text>',
+        "context": arrow("M270 122 C300 100 300 70 326 70")
+        + grid(334, 20, {"see": CONTEXT})
+        + '<text x="384" y="140">context: seen</text>',
         "student": arrow("M442 70 H470") + box(478, 42, "student", "trained"),
         "predictor": arrow("M604 70 H632") + box(640, 42, "predictor", "asked by position"),
         "teacher": arrow("M270 172 C300 196 310 246 466 246") + box(478, 218, "teacher", "sees everything"),
-        "targets": arrow("M604 246 H632") + grid(640, 196, {"hide": TARGETS}) + '<text x="690" y="316">tokens at the targets</text>',
+        "targets": arrow("M604 246 H672") + grid(640, 196, {"hide": TARGETS}) + '<text x="690" y="316">tokens at the targets</text>',
         "moving-average": arrow("M538 102 V210", True) + note(612, 152, "moving average") + note(612, 169, "of the student"),
         "stop-gradient": arrow("M746 246 H822", True) + note(786, 270, "stop-") + note(786, 285, "gradient"),
-        "loss": arrow("M766 70 C800 70 840 90 858 122") + arrow("M824 246 C844 240 856 224 862 200") + box(804, 132, "loss", "how far apart?", 116),
+        "loss": arrow("M766 70 C800 70 840 90 858 122")
+        + arrow("M824 246 C844 240 856 224 862 200")
+        + box(804, 132, "loss", "how far apart?", 116),
     }
 
 
