@@ -1,4 +1,4 @@
-"""Write what the website's live pages load: weights, images and a training run, as safetensors files, which JavaScript reads in a few lines.
+"""Write what the website's live pages load: weights, images and a training run, as safetensors files, which JavaScript reads easily.
 
     python scripts/make_live_data.py live FOLDER      # quick; every build of the website does it
     python scripts/make_live_data.py replay RUN       # from a run's ten checkpoints; what it writes is committed

@@ -34,6 +34,8 @@ from make_live_data import write_live  # noqa: E402
 from make_schematic import PARTS, schematic  # noqa: E402
 
 CODE = ("core", "masks")
+# axe takes half a minute for the reference, and some seconds for each notebook: one of them stands for all.
+SLOW_FOR_AXE = {"api", "genindex", "benchmarks", *(f"notebooks/{p.stem}" for p in ROOT.glob("notebooks/0[0134-9]*.ipynb"))}
 LIVE = ("live/paint", "live/patch", "live/masks", "live/replay")
 
 COMPUTE = """async ([images, contexts, targets]) => {
@@ -47,7 +49,8 @@ COMPUTE = """async ([images, contexts, targets]) => {
     }));
 }"""  # as text: playwright hands numbers over one by one
 COVER = """([batches, size, bugs]) => {
-    const settings = {targetScale: [.15, .2], targetAspect: [.75, 1.5], contextScale: [.85, 1], contextAspect: [1, 1], blocks: 4, share: .33};
+    const settings = {targetScale: [.15, .2], targetAspect: [.75, 1.5], contextScale: [.85, 1], contextAspect: [1, 1],
+        blocks: 4, share: .33};
     const rand = wejepa.masks.random(3), asked = Array(64).fill(0), shown = Array(64).fill(0);
     for (let k = 0; k < batches; k++) {
         const {context, targets} = wejepa.masks.sample(size, 8, settings, rand, bugs);

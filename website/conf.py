@@ -99,6 +99,16 @@ def captions(app, pagename: str, templatename: str, context: dict, doctree) -> N
         context[tree] = context[tree].replace('role="heading"', 'role="heading" aria-level="2"')
 
 
+def reachable(app, pagename: str, templatename: str, context: dict, doctree) -> None:
+    """Wide code and tables scroll sideways, so the keyboard must reach them."""
+    if "body" in context:
+        context["body"] = re.sub(
+            r'<pre>|<div class="table-wrapper[^"]*"',
+            lambda m: m[0].rstrip(">") + ' tabindex="0"' + ">" * (m[0] == "<pre>"),
+            context["body"],
+        )
+
+
 def launch_line(app, pagename: str, templatename: str, context: dict, doctree) -> None:
     """Links that open a notebook elsewhere, where the site knows where its repository is."""
     if REPOSITORY and pagename.startswith("notebooks/") and "body" in context:
@@ -126,4 +136,5 @@ def setup(app) -> None:
     app.connect("builder-inited", prepare)
     app.connect("source-read", fill_in)
     app.connect("html-page-context", launch_line)
+    app.connect("html-page-context", reachable)
     app.connect("html-page-context", captions, priority=900)  # after the theme has made the tree
