@@ -59,7 +59,7 @@ portable: setup
 
 site: setup
 	@$(PY) -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[site]'
-	@$(PY) -m sphinx -q -W --keep-going -d website/_build/doctrees -b html website website/_build/html
+	@$(PY) -m sphinx -q -E -W --keep-going -d website/_build/doctrees -b html website website/_build/html
 	@echo 'Built: website/_build/html/index.html'
 
 lint: setup

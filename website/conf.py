@@ -87,7 +87,8 @@ def fill_in(app, docname: str, source: list[str]) -> None:
     """Drawings where a page asks for them: `<!-- schematic -->`, `<!-- schematic: teacher -->`, `<!-- loss curves -->`."""
 
     def drawn(match: re.Match) -> str:
-        return "```{raw} html\n" + (loss_curves() if match[1] == "loss curves" else schematic(match[2])) + "```"
+        picture = loss_curves() if match[1] == "loss curves" else schematic(match[2])
+        return f'```{{raw}} html\n<div class="wide" tabindex="0">{picture.strip()}</div>\n```'
 
     source[0] = re.sub(r"<!-- (schematic|loss curves)(?:: ([a-z-]+))? -->", drawn, source[0])
 
