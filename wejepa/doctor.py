@@ -40,7 +40,7 @@ def report() -> Iterator[tuple[str, str]]:
         DataError: a file that ships with wejepa is absent or damaged.
     """
     if problems := lacking():
-        raise ConfigError(f"{', '.join(problems)}: python -m pip install -e . in a clone of the repository brings what is missing")
+        raise ConfigError(f"{'; '.join(problems)}. In a clone of the repository: python -m pip install -e .")
 
     import torch
 
@@ -60,8 +60,8 @@ def report() -> Iterator[tuple[str, str]]:
     yield "versions", f"{packages}, Python {platform.python_version()}, {platform.system()}"
     for part, purpose in PARTS.items():
         missing = lacking(part)
-        found = f'{", ".join(missing)}: python -m pip install "wejepa[{part}]"' if missing else "installed"
-        yield part, f"{purpose}: {found}"
+        found = f'{"; ".join(missing)}; python -m pip install "wejepa[{part}]" helps' if missing else "installed"
+        yield part, f"{found} ({purpose})"
     for name in PRETRAINED:
         load_pretrained(name)
     yield "files", "the weights and images that ship are whole"
@@ -80,7 +80,7 @@ def lacking(part: str = "") -> list[str]:
         requirements = importlib.metadata.requires("wejepa") or []
     except importlib.metadata.PackageNotFoundError:
         return [f"wejepa is not installed in this Python ({sys.executable}), only found on its path"]
-    problems = []
+    missing, old = [], []
     for requirement in requirements:
         needed, _, marker = requirement.partition(";")
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
@@ -91,11 +91,11 @@ def lacking(part: str = "") -> list[str]:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            problems.append(f"{name} is not installed")
+            missing.append(name)
             continue
         if lowest and numbers(version) < numbers(lowest[1]):
-            problems.append(f"{name} {version} is older than {lowest[1]}")
-    return problems
+            old.append(f"{name} {version} is older than {lowest[1]}")
+    return [f"not installed: {', '.join(missing)}", *old] if missing else old
 
 
 def numbers(version: str) -> list[int]:
@@ -123,13 +123,12 @@ def cores() -> str:
         line += f", as OMP_NUM_THREADS={threads} asks"
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     if load > mine / 4:
-        line += f"; other programs are at work (load {load:.1f}), which makes the time below longer"
+        line += f"; other programs are at work (load {load:.1f}): the time below counts them, and GOMP_SPINCOUNT=1000 helps"
     return line
 
 
 def arithmetic(device, mixed: bool) -> str:
     """What training multiplies matrices in on the device, and why."""
-    import torch
 
     from wejepa.devices import computes_bfloat16, precision
 
@@ -181,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns 0, or 2 with one line on standard error where something is missing."""
     words = "Tell what this machine has, and how long the course will take on it."
     argparse.ArgumentParser(prog="python -m wejepa.doctor", description=words).parse_args(argv)
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as make sets it: else threads spin while other programs want the cores
 
     def tell() -> None:
         for heading, line in report():
