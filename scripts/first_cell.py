@@ -12,6 +12,7 @@ import sys
 
 def install_what_is_missing(source: str) -> None:
     """Install wejepa beside the torch that is here; do nothing where it is installed already."""
+    import importlib
     import importlib.metadata
     import importlib.util
     import pathlib
@@ -34,6 +35,7 @@ def install_what_is_missing(source: str) -> None:
             f"wejepa cannot be installed beside {', '.join(kept) or 'what is here'}: choose a "
             f"newer runtime if pip names one of these, else try again. pip says:\n{done.stderr}"
         )
+    importlib.invalidate_caches()  # so that this process finds what was not there when it began
 
 
 def first_cell(source: str) -> str:
