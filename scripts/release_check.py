@@ -2,8 +2,8 @@
 
     python scripts/release_check.py
 
-Takes five to ten minutes, most of them for PyTorch's download, and 10 GB in the folder for temporary files while it runs. It needs nothing but
-Python and git. The first failure ends it and shows what was printed. What is quick enough is in the tests as well.
+Takes five to ten minutes, most of them for PyTorch's download, and 10 GB in the folder for temporary files while it runs. It needs
+nothing but Python and git. The first failure ends it and shows what was printed. What is quick enough is in the tests as well.
 """
 
 import json
