@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # too, a training step takes some ten times as long.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: help setup tutorial render test test-quick portable site lab lint format clean
+.PHONY: help setup tutorial render test test-quick portable site lab lint format release-check clean
 
 help:
 	@echo 'make setup      create .venv and install the package with everything the course needs'
@@ -23,6 +23,7 @@ help:
 	@echo 'make site       build the website into website/_build/html/, offline; open website/_build/html/index.html'
 	@echo 'make lint       check the style only'
 	@echo 'make format     put the code in the style'
+	@echo 'make release-check  install in every way into empty environments, which downloads PyTorch: before a release'
 	@echo 'make clean      remove .venv, caches, build files and outputs/course'
 
 setup: $(STAMP)
@@ -69,6 +70,9 @@ lint: setup
 format: setup
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
+
+release-check:
+	@$(PYTHON) scripts/release_check.py
 
 lab: setup
 	@cd notebooks && ../$(PY) -m jupyterlab

@@ -21,9 +21,8 @@ from safetensors.torch import save_file
 from wejepa.config import IJepaConfig, default_config
 from wejepa.data.embedded import ASSETS
 from wejepa.files import replaced
-from wejepa.model import IJEPA_base
 from wejepa.train.checkpoints import load_checkpoint, load_model
-from wejepa.train.finetune import FinetuneConfig, Judge
+from wejepa.train.finetune import FinetuneConfig, Judge, untrained
 from wejepa.train.pretrain import launch_pretraining
 
 LICENCE = "MIT, as wejepa. Trained on {}."
@@ -54,8 +53,7 @@ def write(name: str, run: Path) -> None:
     model.load_state_dict({key: value.float() for key, value in weights.items()})
     protocol = FinetuneConfig()
     judge = Judge(protocol, model.cfg)
-    torch.manual_seed(0)
-    scores = {"trained": judge.scores(model), "random": judge.scores(IJEPA_base(model.cfg).eval()), "pixels": judge.pixel_scores()}
+    scores = {"trained": judge.scores(model), "random": judge.scores(untrained(model.cfg)), "pixels": judge.pixel_scores()}
     history = load_checkpoint(run / "latest.pt")["history"]
     facts = {
         "licence": LICENCE.format(MODELS[name][2]),

@@ -1,4 +1,4 @@
-"""The ways into the course besides JupyterLab: `make tutorial`, papermill, nbmake."""
+"""The ways into the course besides JupyterLab: `make tutorial`, papermill, nbmake, and the notebooks out of the wheel."""
 
 import importlib.util
 import shutil
@@ -9,6 +9,9 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+
+from wejepa import course as written_course
+from wejepa.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,3 +115,52 @@ def test_nbmake_asks_more_of_a_notebook_than_that_its_cells_run(tmp_path):
         assert f"{'FAILED' if problem else 'PASSED'} {name}.ipynb" in done.stdout, (name, done.stdout + done.stderr)
         assert problem is None or problem in done.stdout, name
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == written
+
+
+# ---------------------------------------------------------------- python -m wejepa.course
+
+
+def test_the_notebooks_are_written_as_they_are(tmp_path, capsys):
+    assert written_course.main([str(tmp_path / "new" / "course")]) == 0
+    copies = sorted((tmp_path / "new" / "course").rglob("*"))[1:]
+    originals = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    assert [path.relative_to(tmp_path / "new" / "course") for path in copies] == [Path("notebooks", path.name) for path in originals]
+    assert [path.read_bytes() for path in copies] == [path.read_bytes() for path in originals]
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith(f"{len(originals)} notebooks in {copies[0].parent};") and str(copies[0].parent) in told[-1]
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    mine = tmp_path / "notebooks" / "05_attention_heatmaps.ipynb"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert written_course.main([str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.splitlines() == [
+        f"DataError: {mine} is there already, and nothing is overwritten: name another directory, or move that one away"
+    ]
+    assert mine.read_text() == "mine" and list(mine.parent.iterdir()) == [mine]
+
+
+def test_a_place_that_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file/notebooks cannot be written to .*: name another directory"):
+        written_course.write_course(tmp_path / "file")
+
+
+def test_an_installed_package_has_its_own_notebooks(tmp_path, monkeypatch):
+    """What lies beside it in site-packages is another's."""
+    monkeypatch.setattr(written_course, "PACKAGE", tmp_path / "wejepa")
+    for folder in (tmp_path / "notebooks", tmp_path / "wejepa" / "notebooks"):
+        folder.mkdir(parents=True)
+        (folder / "00_one.ipynb").touch()
+        assert written_course.notebook_files() == [folder / "00_one.ipynb"]
+    shutil.rmtree(tmp_path)
+    with pytest.raises(DataError, match="holds no notebooks: install wejepa anew"):
+        written_course.notebook_files()
+
+
+def test_jupyterlab_is_asked_for_where_it_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert written_course.main([str(tmp_path)]) == 0
+    assert 'JupyterLab is missing: python -m pip install "wejepa[notebooks]"' in capsys.readouterr().out

@@ -3,12 +3,14 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from wejepa.analysis.features import extract_backbone_features
 from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig
-from wejepa.data import MemoryImages, load_images
+from wejepa.data import MemoryImages, load_images, read_image, sources
 from wejepa.errors import CheckpointError, ConfigError, DataError
 from wejepa.model import IJEPA_base
 from wejepa.train import finetune
@@ -409,3 +411,29 @@ def test_the_command_line_refuses_in_one_line(tmp_path, capsys):
     for wrong in ("pooling", "poling=mean", "epochs=0", f"checkpoint={tmp_path}/none.pt"):
         assert main(["--set", wrong]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_one_encoder_decodes_each_image_once_for_all_readings(tmp_path, monkeypatch):
+    """A hundred classes in folders; the probes, the neighbours and the pixels read what was decoded once."""
+    noise = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in range(100):
+            folder = tmp_path / split / f"{name:03d}"
+            folder.mkdir(parents=True)
+            for number in range(2):
+                Image.fromarray(noise.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png", compress_level=0)
+    cfg = tiny_config(use_fake_data=False, dataset="imagefolder", root=str(tmp_path))
+    cfg.model.in_chans = 3
+    judge, decoded = Judge(protocol(), cfg), []
+
+    def counted(path, *rest):
+        decoded.append(path)
+        return read_image(path, *rest)
+
+    monkeypatch.setattr(sources, "read_image", counted)
+    scores = judge.scores(IJEPA_base(cfg).eval())
+    assert set(scores) == {"mean", "layers", "grid", "knn"}
+    assert len(decoded) == len(set(decoded)) == 400
+    decoded.clear()
+    judge.pixel_scores()
+    assert len(decoded) == len(set(decoded)) == 400

@@ -165,7 +165,7 @@ def test_a_revision_and_a_configuration_can_be_named(monkeypatch, given, asked):
         raise ValueError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match="could not be had"):
+    with pytest.raises(DataError, match="could not be loaded"):
         load_images(config(given))
     assert calls == [asked]
 
@@ -210,7 +210,7 @@ def test_damaged_rows_are_named_and_passed_over(tmp_path):
 
 def test_what_cannot_be_had_is_one_clear_error(tmp_path, monkeypatch):
     for name in (str(tmp_path / "nothing"), str(tmp_path), "someone/pets"):
-        with pytest.raises(DataError, match=f"data.dataset = 'hf:{name}' could not be had"):
+        with pytest.raises(DataError, match=f"data.dataset = 'hf:{name}' could not be loaded"):
             load_images(config(name))
     for wrong in ("hf:", "hf"):
         cfg = default_config()

@@ -85,11 +85,3 @@ def test_outputs_are_fit_to_commit(path):
     assert len(text) < 1_000_000
     for unwanted in ("application/vnd.jupyter.widget", '"execution": {', "/home/", "/root/", "/tmp/", "0%|"):
         assert unwanted not in text, f"{unwanted!r} is in the committed notebook"
-
-
-def test_text_refers_to_nothing_missing(path):
-    """Every relative link of the text leads to a file of the repository."""
-    for cell in read(path).cells:
-        if cell.cell_type == "markdown":
-            for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)", cell.source):
-                assert (path.parent / target).exists(), f"{target} does not exist"

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from fnmatch import fnmatch
@@ -107,24 +108,53 @@ def test_no_large_or_generated_file_is_tracked():
     assert [n for n in tracked if (ROOT / n).is_file() and (ROOT / n).stat().st_size > 6e6] == []
 
 
-@pytest.mark.slow
-def test_wheel_holds_the_package_and_its_images(tmp_path):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The source distribution, and the wheel built from it: each as its names within."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("needs setuptools: pip install '.[test]'")
-    source = tmp_path / "source"  # a copy, so that neither an old build/ gets in nor a new one is left behind
-    shutil.copytree(ROOT / "wejepa", source / "wejepa", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    (source / "notebooks").mkdir()  # as in the repo: must not be taken for a package
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), "."]
-    subprocess.run(command, cwd=source, check=True, stdin=subprocess.DEVNULL)
-    (wheel,) = tmp_path.glob("*.whl")
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"  # a copy, so that neither an old build/ gets in nor a new one is left behind
+    for name in ("wejepa", "notebooks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source)
+    make = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", make], cwd=source, check=True, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(sdist)]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    (wheel,) = folder.glob("*.whl")
     assert wheel.name.startswith(f"wejepa-{wejepa.__version__}-")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    packaged = {p.relative_to(source).as_posix() for p in (source / "wejepa").rglob("*") if p.is_file()}
-    assert packaged - names == set()
+    with tarfile.open(sdist) as tar, zipfile.ZipFile(wheel) as archive:
+        return {name.partition("/")[2] for name in tar.getnames()}, set(archive.namelist())
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_its_images_weights_and_notebooks(built):
+    _, names = built
+    package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "wejepa").rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    notebooks = {f"wejepa/notebooks/{p.name}" for p in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    assert {n for n in names if n.startswith("wejepa/")} == package | notebooks
     assert {n.split("/")[0] for n in names} == {"wejepa", f"wejepa-{wejepa.__version__}.dist-info"}
     licences = {p.name for p in (ROOT / "wejepa" / "assets").glob("*_LICENSE")}
     assert licences == {"FASHION_MNIST_LICENSE", "NOTO_EMOJI_LICENSE", "TWEMOJI_LICENSE", "EMOJI_DATASOURCE_LICENSE"}
     assert {n.rpartition("/")[2] for n in names if "/licenses/" in n} == {"LICENSE", *licences}
+
+
+@pytest.mark.slow
+def test_sdist_holds_what_the_wheel_is_built_from(built):
+    names, _ = built
+    assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert {n for n in names if n.startswith("notebooks/")} == {f"notebooks/{p.name}" for p in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+
+
+@pytest.mark.slow
+def test_a_wheel_without_notebooks_is_not_built(tmp_path):
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "wejepa" / "assets").mkdir(parents=True)
+    (tmp_path / "wejepa" / "__init__.py").write_text('__version__ = "0"')
+    (tmp_path / "wejepa" / "assets" / "A_LICENSE").touch()
+    done = subprocess.run([sys.executable, "setup.py", "-q", "build"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: notebooks/ holds no notebooks")

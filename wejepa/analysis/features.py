@@ -18,6 +18,7 @@ from wejepa.patches import POOLINGS, pool_tokens
 
 __all__ = [
     "POOLINGS",
+    "READINGS",
     "encode_images",
     "extract_backbone_features",
     "extract_tokens",
@@ -29,6 +30,9 @@ __all__ = [
     "run_tsne_projection",
     "teacher_variance",
 ]
+
+# How frozen features are judged, and what tables and figures call it; the first is the standard protocol.
+READINGS = {"mean": "mean-pooled tokens", "layers": "mean-pooled, all layers", "grid": "tokens on a 4 x 4 grid", "knn": "k-NN on the grid"}
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
+from wejepa.analysis.features import READINGS
 from wejepa.masking import Masks
 
 __all__ = [
@@ -158,8 +159,7 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
 
 def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test accuracy under one protocol") -> Figure:
     """Bars for each row of a `Comparison`, one group for each way of reading the tokens."""
-    names = {"mean": "mean-pooled tokens", "layers": "mean-pooled, all layers", "grid": "tokens on a 4 x 4 grid", "knn": "k-NN on the grid"}
-    groups = [(key, name) for key, name in names.items() if any(key in row for row in rows.values())]
+    groups = [(key, name) for key, name in READINGS.items() if any(key in row for row in rows.values())]
     _check_count(rows, len(BAR_COLOURS), "encoders")
     fig, ax = plt.subplots(figsize=(9.5, 3.8), layout="constrained")
     width = 0.8 / len(rows)

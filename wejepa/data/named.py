@@ -203,7 +203,7 @@ def _hugging_face_rows(given: str, split: str, named: str | None, streamed: int 
     except Exception as error:  # offline, no such name, no image in the folder: the library has a type for each
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
-            f"data.dataset = 'hf:{given}' could not be had ({reason}): check the name or folder, and go online once for one on the hub"
+            f"data.dataset = 'hf:{given}' could not be loaded ({reason}): check the name or folder, and go online once for one on the hub"
         ) from error
     splits = dict(found) if isinstance(found, dict) else {"train": found}
     there = [s for s in tried if s in splits]

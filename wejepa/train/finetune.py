@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wejepa.analysis.features import POOLINGS, encode_images, knn_predictions, pooled_features
+from wejepa.analysis.features import POOLINGS, READINGS, encode_images, knn_predictions, pooled_features
 from wejepa.config import IJepaConfig, Section, parse_value, setting
 from wejepa.data import load_images
 from wejepa.devices import pick_device
@@ -187,10 +187,6 @@ def _softmax_regressions(train_x, train_y, test_x, classes: int, pairs: list[tup
 # ---------------------------------------------------------------- the comparison
 
 
-# What is read, each on frozen features; the first is the standard protocol.
-COLUMNS = {"mean": "mean-pooled tokens", "layers": "mean-pooled, all layers", "grid": "tokens on a 4 x 4 grid", "knn": "k-NN on the grid"}
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Test accuracies under one protocol.
@@ -225,19 +221,19 @@ class Comparison:
 
     def table(self) -> str:
         """The rows as a Markdown table, accuracies in percent; and how far the first is ahead of each other row, with its interval."""
-        lines = ["| " + " | ".join(["", *COLUMNS.values(), "training, s"]) + " |", "|---|" + "---:|" * (len(COLUMNS) + 1)]
+        lines = ["| " + " | ".join(["", *READINGS.values(), "training, s"]) + " |", "|---|" + "---:|" * (len(READINGS) + 1)]
         for name, row in self.rows.items():
-            scores = [f"{100 * row[key]:.1f}" if key in row else "-" for key in COLUMNS]
+            scores = [f"{100 * row[key]:.1f}" if key in row else "-" for key in READINGS]
             lines.append("| " + " | ".join([name, *scores, f"{row['seconds']:.0f}" if row["seconds"] else "-"]) + " |")
         return "\n".join(lines)
 
     def differences(self) -> str:
         """How far the first row is ahead of each other one, in points, with its 95 % interval, as a Markdown table."""
         first, *others = self.rows
-        lines = [f"| {first}, ahead of | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
+        lines = [f"| {first}, ahead of | " + " | ".join(READINGS.values()) + " |", "|---|" + "---:|" * len(READINGS)]
         for other in others:
             cells = []
-            for column in COLUMNS:
+            for column in READINGS:
                 if column in self.right[first] and column in self.right[other]:
                     mean, low, high = (100 * value for value in self.difference(first, other, column))
                     cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
@@ -412,7 +408,7 @@ class Judge:
         return train, test
 
     def scores(self, model: IJEPA_base) -> dict[str, float]:
-        """Test accuracy of a model's encoder under each of `COLUMNS` that it has."""
+        """Test accuracy of a model's encoder under each of `READINGS` that it has."""
         return share_right(self.right(model.encoder(self.cfg.encoder)))
 
     def pixel_scores(self) -> dict[str, float]:
@@ -420,7 +416,7 @@ class Judge:
         return share_right(self.pixels_right())
 
     def right(self, encoder: nn.Module) -> dict[str, Tensor]:
-        """Which test images are classified rightly, (N,), from an encoder's features, under each of `COLUMNS` that it has."""
+        """Which test images are classified rightly, (N,), from an encoder's features, under each of `READINGS` that it has."""
         return self._right(self.features(encoder, ("mean", *(("layers",) if isinstance(encoder, Encoder) else ()), "grid")))
 
     @property
