@@ -104,7 +104,7 @@ def test_a_part_that_is_missing_is_told_with_how_to_install_it(monkeypatch, caps
 
 def test_its_parts_are_pyprojects():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) - set(doctor.PARTS) == {"test", "benchmarks"}
+    assert set(project["optional-dependencies"]) - set(doctor.PARTS) == {"test", "benchmarks", "site"}
     assert set(doctor.PARTS) < set(project["optional-dependencies"])
 
 
