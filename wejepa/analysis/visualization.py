@@ -34,6 +34,7 @@ __all__ = [
     "plot_maps",
     "plot_masks",
     "plot_patches",
+    "plot_queries",
     "plot_similarity_maps",
     "plot_token_colours",
     "plot_tsne_embeddings",
@@ -157,8 +158,10 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
     return fig
 
 
-def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test accuracy under one protocol") -> Figure:
-    """Bars for each row of a `Comparison`, one group for each way of reading the tokens."""
+def plot_comparison(
+    rows: dict[str, dict[str, float]], whiskers: dict[str, dict[str, float]] | None = None, *, title: str = "Test accuracy under one protocol"
+) -> Figure:
+    """Bars for each row of a `Comparison`, one group for each way of reading the tokens; with whiskers if given, as shares up and down."""
     groups = [(key, name) for key, name in READINGS.items() if any(key in row for row in rows.values())]
     _check_count(rows, len(BAR_COLOURS), "encoders")
     fig, ax = plt.subplots(figsize=(9.5, 3.8), layout="constrained")
@@ -166,8 +169,10 @@ def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test acc
     for i, ((name, row), colour) in enumerate(zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True)):
         found = [(g, 100 * row[key]) for g, (key, _) in enumerate(groups) if key in row]
         at = [g + (i - (len(rows) - 1) / 2) * width for g, _ in found]
-        bars = ax.bar(at, [value for _, value in found], width * 0.92, color=colour, label=name)
-        ax.bar_label(bars, fmt="%.1f", fontsize=8)
+        reach = [100 * whiskers[name][groups[g][0]] for g, _ in found] if whiskers else None
+        ends = {"capsize": 2, "elinewidth": 1}
+        bars = ax.bar(at, [value for _, value in found], width * 0.92, yerr=reach, error_kw=ends, color=colour, label=name)
+        ax.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
     ax.set_xticks(range(len(groups)), [name for _, name in groups])
     ax.set(ylabel="accuracy, %", ylim=(0, 100), title=title)
     ax.legend(ncols=len(rows), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
@@ -249,6 +254,40 @@ def visualize_attention_scores(
         if query is not None:
             row, col = divmod(query, grid_size[1])
             ax.add_patch(Rectangle((col * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=TARGET, linewidth=2))
+    fig.suptitle(title)
+    plt.close(fig)
+    return fig
+
+
+def plot_queries(images: Tensor, maps: dict[str, Tensor], grid_size: tuple[int, int], queries: Sequence[int], *, title: str = "") -> Figure:
+    """What one patch of each image attends to: the images (B, C, H, W), and below them rows of maps (B, N) by name, all on one scale.
+
+    Args:
+        images: one a column.
+        maps: for each row the attention of each image's query, which sums to 1; shown as multiples of an even share.
+        grid_size: patches down and across.
+        queries: for each image the patch that asks, framed.
+        title: above the figure.
+    """
+    columns, rows = len(images), 1 + len(maps)
+    fig, axes = plt.subplots(rows, columns, figsize=(1.35 * columns + 1.6, 1.4 * rows + 0.4), squeeze=False, layout="constrained")
+    high, wide = images.shape[-2] / grid_size[0], images.shape[-1] / grid_size[1]
+    extent = (-0.5, images.shape[-1] - 0.5, images.shape[-2] - 0.5, -0.5)
+    shares = {name: (values.float().cpu() * values.shape[-1]).view(-1, *grid_size) for name, values in maps.items()}
+    largest = float(torch.stack(list(shares.values())).quantile(0.99))  # a single bright patch would darken the rest
+    for column, query in enumerate(queries):
+        axes[0, column].imshow(to_picture(images[column]))
+        for ax, heat in zip(axes[1:, column], shares.values(), strict=True):
+            drawn = ax.imshow(heat[column], cmap="cividis", vmin=0, vmax=largest, extent=extent)
+        row, col = divmod(query, grid_size[1])
+        for ax in axes[:, column]:
+            ax.add_patch(Rectangle((col * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=TARGET, linewidth=2))
+    for ax, name in zip(axes[:, 0], ("image", *maps), strict=True):
+        ax.set_ylabel(name)
+    fig.colorbar(drawn, ax=list(axes[1:].flat), shrink=0.8, extend="max", label="attention\n(1 = even share)")
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
     fig.suptitle(title)
     plt.close(fig)
     return fig
