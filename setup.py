@@ -1,4 +1,4 @@
-"""The one thing that pyproject.toml cannot say: the wheel carries the notebooks and their drawings, which in the repository lie beside the package."""
+"""What pyproject.toml cannot say: the wheel carries the notebooks and their drawings, which in the repository lie beside the package."""
 
 from pathlib import Path
 
