@@ -64,6 +64,23 @@ def test_curves_go_through_their_points():
     assert fig.axes[0].get_xlabel() == "size" and fig.axes[0].get_ylim()[0] == 0
 
 
+def test_what_patches_attend_to_is_on_one_scale_from_zero_and_the_query_is_framed():
+    maps = {"trained": torch.eye(4)[:2], "untrained": torch.full((2, 4), 0.25)}
+    fig = visualization.plot_queries(torch.rand(2, 3, 8, 8), maps, (2, 2), [0, 3])
+    assert not plt.fignum_exists(fig.number)
+    assert len({ax.images[0].get_clim() for ax in fig.axes[2:6]}) == 1 and fig.axes[2].images[0].get_clim()[0] == 0
+    assert fig.axes[2].images[0].get_array().tolist() == [[4, 0], [0, 0]] and (fig.axes[5].images[0].get_array() == 1).all()
+    assert [(patch.get_x(), patch.get_y(), patch.get_width()) for patch in fig.axes[1].patches] == [(3.5, 3.5, 4)]
+
+
+def test_comparison_has_whiskers_where_they_are_given():
+    rows = {"a": {"mean": 0.5, "grid": 0.6}, "b": {"grid": 0.7}}
+    fig = visualization.plot_comparison(rows, {"a": {"mean": 0.1, "grid": 0.2}, "b": {"grid": 0.05}})
+    spans = [[round(float(end), 6) for end in line.get_segments()[0][:, 1]] for line in fig.axes[0].collections]
+    assert spans[0] == [40, 60] and fig.axes[0].get_ylim() == (0, 100) and not plt.fignum_exists(fig.number)
+    assert not visualization.plot_comparison(rows).axes[0].collections
+
+
 def test_more_than_can_be_told_apart_is_refused_and_ten_curves_differ():
     curves = {str(i): [i, i] for i in range(10)}
     lines = visualization.plot_curves([1, 2], curves, x="size", y="patches").axes[0].lines
