@@ -80,6 +80,8 @@ def prepare(app) -> None:
             for output in cell.get("outputs", []):
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
         (folder / path.name).write_text(json.dumps(notebook), encoding="utf-8")
+    for path in (ROOT / "notebooks").glob("schematic-*.svg"):
+        shutil.copy(path, folder)
     write_live(HERE / "_live")
 
 
@@ -90,7 +92,7 @@ def fill_in(app, docname: str, source: list[str]) -> None:
     """
 
     def drawn(match: re.Match) -> str:
-        picture = loss_curves() if match[1] == "loss curves" else schematic(match[2])
+        picture = loss_curves() if match[1] == "loss curves" else schematic(*filter(None, [match[2]]))
         return f'```{{raw}} html\n<div class="wide" tabindex="0">{picture.strip()}</div>\n```'
 
     if docname.startswith(("howto/", "live/")):
