@@ -151,6 +151,8 @@ WITH_A_MODEL = {
     "record_attention": (lambda model, x, masks: attention.record_attention(model, x), "cpu"),
     "attention_rollout": (lambda model, x, masks: [attention.attention_rollout(attention.record_attention(model, x))], "cpu"),
     "prediction_errors": (lambda model, x, masks: [attention.prediction_errors(model, x, model.cfg.mask, samples=2)], "cpu"),
+    "imagine": (lambda model, x, masks: [attention.imagine(model, x, masks, x)], "cpu"),
+    "nearest_tokens": (lambda model, x, masks: [attention.nearest_tokens(model.encode(x)[0], model.encode(x)[0])], "cpu"),
     "token_colours": (lambda model, x, masks: [attention.token_colours(model.encode(x), model.cfg.grid_size)], "cpu"),
     "extract_backbone_features": (
         lambda model, x, masks: [features.extract_backbone_features(model, Images(x))],

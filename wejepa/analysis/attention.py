@@ -1,4 +1,4 @@
-"""Where an encoder looks, what its tokens have in common, and which patches its predictor finds hard. Tensors only; figures elsewhere.
+"""Where an encoder looks, what its tokens have in common, what its predictor expects and finds hard. Tensors only; figures elsewhere.
 
 Images may be on any device; what comes back is on the CPU, ready for a figure.
 """
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from wejepa.config import MaskConfig
 from wejepa.errors import ConfigError
-from wejepa.masking import sample_block_masks
+from wejepa.masking import Masks, sample_block_masks
 from wejepa.model import IJEPA_base
 
-__all__ = ["attention_rollout", "prediction_errors", "record_attention", "token_colours"]
+__all__ = ["attention_rollout", "imagine", "nearest_tokens", "prediction_errors", "record_attention", "token_colours"]
+
+AT_ONCE = 2**24  # similarities that are held at a time: 64 MiB
 
 
 @torch.no_grad()
@@ -95,3 +97,50 @@ def prediction_errors(
         total.scatter_add_(1, where, error)
         asked.scatter_add_(1, where, torch.ones_like(error))
     return (total / asked).view(len(images), *grid_size)
+
+
+def nearest_tokens(queries: Tensor, tokens: Tensor) -> Tensor:
+    """For each of the queries (Q, D) the nearest of many tokens (M, D), by Euclidean distance: their indices (Q,), on the CPU.
+
+    Computed where `tokens` are, as matrix products over some of the queries at a time, so that memory does not grow with Q.
+    """
+    tokens = tokens.float()
+    half = tokens.square().sum(1) / 2
+    parts = queries.to(tokens.device).float().split(max(1, AT_ONCE // len(tokens)))
+    return torch.cat([(part @ tokens.T - half).argmax(1).cpu() for part in parts])
+
+
+@torch.no_grad()
+def imagine(model: IJEPA_base, images: Tensor, masks: Masks, gallery: Tensor, *, batch_size: int = 256) -> Tensor:
+    """What the predictor expects at the targets, in pixels: there stands the patch of a real image whose token is nearest to the predicted.
+
+    The predictor gives tokens, and nothing turns a token back into pixels. So the teacher's tokens of a gallery's patches are looked
+    through, at all places, for the one that is nearest.
+
+    Args:
+        model: the model.
+        images: (B, C, S, S), normalised, on any device.
+        masks: their masks; where several blocks ask for one place, the mean of the predictions is taken.
+        gallery: (M, C, S, S), normalised as the images; they should not be among them.
+        batch_size: images of the gallery that are encoded at a time.
+
+    Returns:
+        (B, C, S, S): the context as it is, patches of the gallery at the targets, not a number elsewhere.
+    """
+    rows, cols = model.student_encoder.token_grid(images)
+    patch = images.shape[-2] // rows
+    predictions, _ = model(images, masks)
+    where = masks.targets.flatten(1).cpu()[..., None]  # (B, M * Nt, 1)
+    found = predictions.float().flatten(1, 2).cpu()  # (B, M * Nt, D)
+    total = torch.zeros(len(images), rows * cols, found.shape[-1]).scatter_add_(1, where.expand_as(found), found)
+    asked = torch.zeros(len(images), rows * cols, 1).scatter_add_(1, where, torch.ones_like(found[..., :1]))
+    expected = total / asked.clamp(min=1)  # (B, N, D)
+
+    tokens = torch.cat([model.encode(part).float().cpu() for part in gallery.split(batch_size)])  # (M, N, D)
+    nearest = nearest_tokens(expected.flatten(0, 1), F.layer_norm(tokens, tokens.shape[-1:]).flatten(0, 1)).view(len(images), -1)
+
+    own, others = (F.unfold(x.float().cpu(), patch, stride=patch).transpose(1, 2) for x in (images, gallery))  # (B, N, C * P * P)
+    result = torch.where(asked > 0, others.flatten(0, 1)[nearest], torch.nan)
+    context = masks.context.cpu()[..., None].expand(-1, -1, own.shape[-1])
+    result.scatter_(1, context, own.gather(1, context))
+    return F.fold(result.transpose(1, 2), images.shape[-2:], patch, stride=patch)
