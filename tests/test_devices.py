@@ -426,6 +426,7 @@ def figures() -> dict:
         "plot_masks": lambda: v.plot_masks(images, masks, (2, 2)),
         "plot_patches": lambda: v.plot_patches(images[0], 4),
         "plot_rows": lambda: v.plot_rows({"a": images}),
+        "plot_queries": lambda: v.plot_queries(images, {"a": weights[:, 0]}, (2, 2), [0, 3]),
         "plot_similarity_maps": lambda: v.plot_similarity_maps({"a": there(torch.eye(4))}, (2, 2)),
         "plot_token_colours": lambda: v.plot_token_colours(images, {"a": there(torch.rand(2, 2, 2, 3))}),
         "plot_tsne_embeddings": lambda: v.plot_tsne_embeddings(points, labels, ["a", "b"]),
