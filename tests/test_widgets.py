@@ -404,7 +404,9 @@ def test_pictures_are_shown_as_they_are_given(models, images):
 
 def test_an_encoder_without_attention_says_so(models, images):
     explorer = TokenExplorer({"one": models["one"], "a function": models["other"].encode}, images)
-    assert [panel.note for panel in explorer.panels] == ["", "it has none"] and list(explorer.values) == [("one", 0)]
+    assert [panel.note for panel in explorer.panels] == ["layer 3, mean over heads", "it has no attention"] and list(explorer.values) == [
+        ("one", 0)
+    ]
 
 
 def test_what_is_not_there_is_refused(models, images):

@@ -610,7 +610,9 @@ class TokenExplorer(Explorer):
         more.setdefault("frames", frames)
         return Panel(title, self._first_picture[name] + number, self.grids[name], label=label, acts="look", which=which, **more)
 
-    def _heat(self, maps: dict[tuple[str, int], Tensor], limits: dict[tuple[str, int], tuple[float, float]], say: Callable) -> list[Panel]:
+    def _heat(
+        self, maps: dict[tuple[str, int], Tensor], limits: dict[tuple[str, int], tuple[float, float]], say: Callable, without: str = ""
+    ) -> list[Panel]:
         """Panels of values (H, W) between limits; with a locked scale the widest of all."""
         if self.locked and limits:
             widest = min(low for low, _ in limits.values()), max(high for _, high in limits.values())
@@ -619,7 +621,7 @@ class TokenExplorer(Explorer):
         for name in self.encoders:
             for which, number in enumerate(self.shown):
                 if (name, number) not in maps:
-                    panels.append(self._panel(name, which, note="it has none"))
+                    panels.append(self._panel(name, which, note=without))
                     continue
                 values = maps[name, number]
                 low, high = limits[name, number] if self.locked else (float(values.nan_to_num(0).min()), float(values.nan_to_num(0).max()))
@@ -641,7 +643,9 @@ class TokenExplorer(Explorer):
             weights = weights * len(weights)  # 1 is an even share
             maps[name, self.image] = weights[row * cols + col].view(rows, cols)
             limits[name, self.image] = 0.0, self._most(name, weights)
-        panels = self._heat(maps, limits, lambda value: f"{value:.1f}" if value == 0 or not self.locked else f"{value:.1f} or more")
+        panels = self._heat(
+            maps, limits, lambda value: f"{value:.1f}" if value == 0 or not self.locked else f"{value:.1f} or more", "it has no attention"
+        )
         for panel, name in zip(panels, self.encoders, strict=True):
             panel.note = titles.get(name, panel.note)
         own = " Its own patch outshines the others, because half of each layer passes a token on as it is." if self.layer == 0 else ""
@@ -691,7 +695,7 @@ class TokenExplorer(Explorer):
         models = [name for name, encoder in self.encoders.items() if isinstance(encoder, IJEPA_base)]
         maps = {(name, number): self._errors(name, number) for name in models for number in self.shown}
         limits = {key: (0.0, float(values.nan_to_num(0).max())) for key, values in maps.items()}
-        panels, said = self._heat(maps, limits, lambda value: f"{value:.2f}"), []
+        panels, said = self._heat(maps, limits, lambda value: f"{value:.2f}", "it has no predictor"), []
         masks = " or ".join(map(str, sorted({self._masks(name) for name in models})))
         for name in models:
             values, (row, col) = maps[name, self.shown[self._query_image]], self.place(name)
