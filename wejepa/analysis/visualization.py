@@ -6,7 +6,7 @@ Colours are of Okabe and Ito's palette and the map is cividis: both read the sam
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,8 +18,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from wejepa.analysis.features import READINGS
-from wejepa.masking import Masks
+if TYPE_CHECKING:
+    from wejepa.masking import Masks
 
 __all__ = [
     "plot_bands",
@@ -159,6 +159,8 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
 
 def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test accuracy under one protocol") -> Figure:
     """Bars for each row of a `Comparison`, one group for each way of reading the tokens."""
+    from wejepa.analysis.features import READINGS  # here, since no other figure needs a model
+
     groups = [(key, name) for key, name in READINGS.items() if any(key in row for row in rows.values())]
     _check_count(rows, len(BAR_COLOURS), "encoders")
     fig, ax = plt.subplots(figsize=(9.5, 3.8), layout="constrained")
@@ -417,21 +419,22 @@ def plot_patches(image: Tensor, patch_size: int, *, title: str = "") -> Figure:
 def plot_similarity_maps(similarities: dict[str, Tensor], grid_size: tuple[int, int], *, title: str = "") -> Figure:
     """For each (N, N) of cosine similarities a grid of maps: the map at row r and column c compares that position with all others.
 
-    Each has its own scale, from its smallest value to 1.
+    All are on one scale, from the smallest value to 1.
     """
     rows, cols = grid_size
+    least = min(float(similarity.min()) for similarity in similarities.values())
     fig, axes = plt.subplots(1, len(similarities), figsize=(5.2 * len(similarities), 5.0), squeeze=False, layout="constrained")
     for ax, (name, similarity) in zip(axes[0], similarities.items(), strict=True):
         sheet = torch.full((rows * (rows + 1) - 1, cols * (cols + 1) - 1), float("nan"))
         for k, values in enumerate(similarity.detach().float().cpu().view(-1, rows, cols)):
             r, c = k // cols * (rows + 1), k % cols * (cols + 1)
             sheet[r : r + rows, c : c + cols] = values
-        drawn = ax.imshow(sheet, cmap="cividis", vmin=float(similarity.min()), vmax=1)
-        fig.colorbar(drawn, ax=ax, shrink=0.75, label="cosine similarity")
+        drawn = ax.imshow(sheet, cmap="cividis", vmin=least, vmax=1)
         ax.set_xticks([k * (cols + 1) + (cols - 1) / 2 for k in range(cols)], range(cols))
         ax.set_yticks([k * (rows + 1) + (rows - 1) / 2 for k in range(rows)], range(rows))
         ax.set(title=name, xlabel="column of the position")
     axes[0, 0].set_ylabel("row of the position")
+    fig.colorbar(drawn, ax=list(axes[0]), shrink=0.75, label="cosine similarity")
     fig.suptitle(title)
     plt.close(fig)
     return fig
