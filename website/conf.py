@@ -86,12 +86,17 @@ def prepare(app) -> None:
 
 
 def fill_in(app, docname: str, source: list[str]) -> None:
-    """Drawings where a page asks for them: `<!-- schematic -->`, `<!-- schematic: teacher -->`, `<!-- loss curves -->`."""
+    """Drawings where a page asks for them, `<!-- schematic -->`, `<!-- schematic: teacher -->`, `<!-- loss curves -->`; links of the site.
+
+    On GitHub a page's links lead to files of the repository, here to pages of the site.
+    """
 
     def drawn(match: re.Match) -> str:
         picture = loss_curves() if match[1] == "loss curves" else schematic(*filter(None, [match[2]]))
         return f'```{{raw}} html\n<div class="wide" tabindex="0">{picture.strip()}</div>\n```'
 
+    if docname.startswith(("howto/", "live/")):
+        source[0] = source[0].replace("](../../benchmarks/README.md", "](../benchmarks.md").replace("](../../notebooks/", "](../notebooks/")
     source[0] = re.sub(r"<!-- (schematic|loss curves)(?:: ([a-z-]+))? -->", drawn, source[0])
 
 
