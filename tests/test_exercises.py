@@ -25,10 +25,6 @@ spec.loader.exec_module(solving)
 # The mutants that pass: under their notebook and exercise, the line that is wrong and why it passes.
 # "same": it gives the same answer, or as good a one. "weak": the exercise's check should be stricter.
 SURVIVORS = {
-    "03_pretraining.variance_between_images": {
-        "return F.layer_norm(tokens, tokens.shape[1:]).var(0).mean().item()": "weak: these tokens come normalised",
-        "return F.layer_norm(tokens, tokens.shape[-0:]).var(0).mean().item()": "weak: these tokens come normalised",
-    },
     "04_linear_probing.nearest_centroid": {
         "mean, std = (train_x.sum(0), train_x.std(0) + 1e-06)": "same: no shift changes a distance",
         "mean, std = (train_x.mean(0), train_x.std(0) - 1e-06)": "same: the deviations are far from 0",

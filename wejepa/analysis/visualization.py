@@ -226,7 +226,7 @@ def plot_mask_steps(image: Tensor, steps: Mapping[str, tuple[Tensor, Sequence[Te
     """An image (C, H, W) at each step, under the step's name: which patches are left, (rows, columns) of booleans, and the blocks to
     frame, each (rows, columns) of booleans as well. Patches that are not left get the tint HIDDEN.
     """
-    fig, axes = _canvas(1, len(steps), 1.5, above=0.6)
+    fig, axes = _canvas(1, len(steps), 1.5, above=0.75)
     for ax, (name, (left, blocks)) in zip(axes[0], steps.items(), strict=True):
         grid_size, keep = left.shape, left.flatten().nonzero()[None, :, 0]
         high, wide = image.shape[-2] / grid_size[0], image.shape[-1] / grid_size[1]
