@@ -25,6 +25,12 @@ spec.loader.exec_module(solving)
 # The mutants that pass: under their notebook and exercise, the line that is wrong and why it passes.
 # "same": it gives the same answer, or as good a one. "weak": the exercise's check should be stricter.
 SURVIVORS = {
+    "00_quick_tour.hidden_too_late": {
+        "return tokens.gather(1, context[..., None].expand(-1, -1, tokens.shape[1]))": "same: 64 tokens of width 64",
+    },
+    "01_patch_embedding.forget_places": {
+        "return positions.mean(1, keepdim=False).expand_as(positions)": "same: the one image's mean, broadcast",
+    },
     "04_linear_probing.nearest_centroid": {
         "mean, std = (train_x.sum(0), train_x.std(0) + 1e-06)": "same: no shift changes a distance",
         "mean, std = (train_x.mean(0), train_x.std(0) - 1e-06)": "same: the deviations are far from 0",
@@ -67,6 +73,12 @@ SURVIVORS = {
         "(features * torch.randn_like(features)).mean().backward()": "same: only which gradients are 0 counts",
         "(features / torch.randn_like(features)).sum().backward()": "same: weights of another distribution",
         "return int((image.grad != 0).all(1).sum())": "weak: every encoder looks at all channels",
+    },
+    "08_your_own_images.finds_itself": {
+        "return sum((name == names[i] for name, i in zip(found, numbers, strict=True))) * len(numbers)": "weak: no share is bounded above",
+    },
+    "08_your_own_images.whitened": {
+        "u, _, _ = torch.linalg.svd(centred, full_matrices=True)": "same: the first k columns are those",
     },
     "08_your_own_images.images_of_each": {
         "return dict(sorted(zip(source.classes, counts, strict=True), key=lambda pair: pair[0]))": "weak: every class has as many images",
