@@ -282,6 +282,8 @@ def test_a_solution_wrong_in_one_place_fails(path, tmp_path, monkeypatch):
         named = SURVIVORS.get(f"{path.stem}.{exercise}", {})
         passed += [f"{exercise}: {name}" for name in survivors if name not in named]
         told += [f"{exercise}: {len(outcomes) - len(survivors)} of {len(outcomes)} mutants fail"]
-        told += [f"  in SURVIVORS, though it does not pass: {name}" for name in named if name not in survivors]
+        told += [f"  to leave out of SURVIVORS, since it does not pass: {name}" for name in named if name not in survivors]
+    gone = [key for key in SURVIVORS if key.startswith(f"{path.stem}.") and key.removeprefix(f"{path.stem}.") not in tried]
+    told += [f"to leave out of SURVIVORS, since there is no such exercise: {key}" for key in gone]
     print("\n".join(told))
     assert not passed, f"these mutants of {path.stem} pass:\n" + "\n".join(passed)
