@@ -32,8 +32,8 @@ SURVIVORS = {
         "return positions.mean(1, keepdim=False).expand_as(positions)": "same: the one image's mean, broadcast",
     },
     "04_linear_probing.nearest_centroid": {
-        "mean, std = (train_x.sum(0), train_x.std(0) + 1e-06)": "same: no shift changes a distance",
-        "mean, std = (train_x.mean(0), train_x.std(0) - 1e-06)": "same: the deviations are far from 0",
+        "middle, spread = (train_x.sum(0), train_x.std(0) + 1e-06)": "same: no shift changes a distance",
+        "middle, spread = (train_x.mean(0), train_x.std(0) - 1e-06)": "same: the deviations are far from 0",
     },
     "05_attention_heatmaps.mean_distance": {
         "places = torch.cartesian_prod(torch.arange(grid_size[1]), torch.arange(grid_size[1])).float()": "weak: square grids only",
