@@ -62,14 +62,6 @@ SURVIVORS = {
     "06_collapse.variance_penalty": {
         "deviation = (tokens.std(0) + 0.0001).sqrt()": "weak: no penalty between 0 and 1 is known",
     },
-    "07_backbones_and_checkpoints.largest_stride": {
-        "return max((s for s in strides if img_size % s == 0 and img_size // s >= 3))": "weak: no image of three strides",
-    },
-    "07_backbones_and_checkpoints.receptive_field": {
-        "(features * torch.randn_like(features)).mean().backward()": "same: only which gradients are 0 counts",
-        "(features / torch.randn_like(features)).sum().backward()": "same: weights of another distribution",
-        "return int((image.grad != 0).all(1).sum())": "weak: every encoder looks at all channels",
-    },
     "08_your_own_images.finds_itself": {
         "return sum((name == names[i] for name, i in zip(found, numbers, strict=True))) * len(numbers)": "weak: no share is bounded above",
     },
