@@ -35,32 +35,12 @@ SURVIVORS = {
         "middle, spread = (train_x.sum(0), train_x.std(0) + 1e-06)": "same: no shift changes a distance",
         "middle, spread = (train_x.mean(0), train_x.std(0) - 1e-06)": "same: the deviations are far from 0",
     },
-    "05_attention_heatmaps.mean_distance": {
-        "places = torch.cartesian_prod(torch.arange(grid_size[1]), torch.arange(grid_size[1])).float()": "weak: square grids only",
-        "places = torch.cartesian_prod(torch.arange(grid_size[0]), torch.arange(grid_size[0])).float()": "weak: square grids only",
-    },
-    "05_attention_heatmaps.rollout_with": {
-        "total = torch.eye(attentions[1].shape[-1])": "same: every layer has as many tokens",
-    },
-    "05_attention_heatmaps.explained": {
-        "variances = torch.linalg.svdvals(flat + flat.mean(0)) ** 2": "weak: the tokens of known variance have mean 0",
-        "variances = torch.linalg.svdvals(flat - flat.mean(0)) * 2": "weak: only bounds on the share",
-        "variances = torch.linalg.svdvals(flat - flat.mean(0)) ** 1": "weak: only bounds on the share",
-    },
     "06_collapse.alarm": {
         "begun = history[1]['teacher_variance']": "weak: the variances are far from the threshold",
         "return next((entry['step'] for entry in history if entry['teacher_variance'] < 0.1 / begun), None)": "weak: as above",
     },
     "06_collapse.variance_penalty": {
         "deviation = (tokens.std(0) + 0.0001).sqrt()": "weak: no penalty between 0 and 1 is known",
-    },
-    "07_backbones_and_checkpoints.largest_stride": {
-        "return max((s for s in strides if img_size % s == 0 and img_size // s >= 3))": "weak: no image of three strides",
-    },
-    "07_backbones_and_checkpoints.receptive_field": {
-        "(features * torch.randn_like(features)).mean().backward()": "same: only which gradients are 0 counts",
-        "(features / torch.randn_like(features)).sum().backward()": "same: weights of another distribution",
-        "return int((image.grad != 0).all(1).sum())": "weak: every encoder looks at all channels",
     },
     "08_your_own_images.finds_itself": {
         "return sum((name == names[i] for name, i in zip(found, numbers, strict=True))) * len(numbers)": "weak: no share is bounded above",
