@@ -1,4 +1,4 @@
-"""The one thing that pyproject.toml cannot say: the wheel carries the notebooks, which in the repository lie beside the package."""
+"""What pyproject.toml cannot say: the wheel carries the notebooks and their drawings, which in the repository lie beside the package."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ class BuildWithNotebooks(build_py):
             raise SystemExit("error: notebooks/ holds no notebooks, and the wheel would be without them: build from the whole repository")
         folder = Path(self.build_lib, "wejepa", "notebooks")
         self.mkpath(str(folder))
-        for path in notebooks:
+        for path in notebooks + sorted(Path("notebooks").glob("schematic-*.svg")):
             self.copy_file(str(path), str(folder / path.name))
 
 

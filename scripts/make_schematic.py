@@ -1,7 +1,8 @@
-"""Draw I-JEPA's schematic as an SVG, one part of it highlighted if asked for.
+"""Draw I-JEPA's schematic as an SVG, some parts of it highlighted if asked for.
 
     python scripts/make_schematic.py docs/schematic.svg
     python scripts/make_schematic.py teacher.svg --highlight teacher
+    python scripts/make_schematic.py --notebooks        # notebooks/schematic-NN.svg, with what notebook NN is about
 
 It follows the system's light or dark scheme; a page may set the colours by CSS on `svg.schematic`.
 """
@@ -9,6 +10,7 @@ It follows the system's light or dark scheme; a page may set the colours by CSS 
 import argparse
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("image", "patches", "context", "targets", "student", "teacher", "predictor", "loss", "stop-gradient", "moving-average")
 STYLE = """
 svg.schematic { --paper: #ffffff; --ink: #1f2328; --soft: #57606a; --line: #8c959f; --see: #0b5cad; --hide: #b3470a; --box: #f3f5f8; }
@@ -26,7 +28,15 @@ svg.schematic { --paper: #ffffff; --ink: #1f2328; --soft: #57606a; --line: #8c95
 .schematic .dim { opacity: 0.35; }
 .schematic .lit .box { stroke: var(--hide); stroke-width: 4; }
 .schematic .lit text { font-weight: 700; }
+.schematic .lit .box ~ .note { font-weight: 400; }
 """
+# What each notebook is about; its drawing lies beside it, so that GitHub, Jupyter and the website all find it.
+NOTEBOOKS = {
+    "01": ("patches",),
+    "02": ("context", "targets"),
+    "03": ("student", "teacher", "predictor", "loss", "stop-gradient", "moving-average"),
+}
+PAPER = '<rect width="940" height="330" fill="var(--paper)"/>'  # a viewer's own background may suit the other scheme
 CONTEXT = {0, 1, 4, 5, 8, 12, 13, 16, 20, 21, 24}  # places on a grid of 5 x 5
 TARGETS = {2, 3, 7, 9, 14, 17, 18, 22, 23}
 
@@ -79,32 +89,38 @@ def shapes() -> dict[str, str]:
     }
 
 
-def schematic(highlight: str | None = None) -> str:
-    """The SVG; with a part's name that part is framed and the others pale.
+def schematic(*highlight: str) -> str:
+    """The SVG; with names of parts these are framed and the others pale.
 
     Raises:
         ValueError: there is no such part.
     """
-    if highlight is not None and highlight not in PARTS:
-        raise ValueError(f"highlight = {highlight!r}: give one of {', '.join(PARTS)}")
+    for part in highlight:
+        if part not in PARTS:
+            raise ValueError(f"highlight = {part!r}: give one of {', '.join(PARTS)}")
     drawn = shapes()
     groups = []
     for part in PARTS:
-        state = "" if highlight is None else " lit" if part == highlight else " dim"
+        state = "" if not highlight else " lit" if part in highlight else " dim"
         groups.append(f'<g class="part{state}" id="schematic-{part}">{drawn[part]}</g>')
     title = "I-JEPA: a student sees the context, a teacher the whole image; a predictor tells the teacher's tokens at the hidden places"
     size = 'viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"'
     tip = f'<marker id="tip" {size}><path class="tip" d="M0 0L8 4L0 8z"/></marker>'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" class="schematic" viewBox="0 0 940 330" role="img" aria-label="{title}">'
-    return "\n".join([head, f"<style>{STYLE}</style><defs>{tip}</defs>", *groups, "</svg>"]) + "\n"
+    return "\n".join([head, f"<style>{STYLE}</style><defs>{tip}</defs>", PAPER, *groups, "</svg>"]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw I-JEPA's schematic.")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--highlight", choices=PARTS)
+    parser.add_argument("file", type=Path, nargs="?", help="where the drawing goes")
+    parser.add_argument("--highlight", choices=PARTS, nargs="+", default=[])
+    parser.add_argument("--notebooks", action="store_true", help="draw those of the notebooks")
     args = parser.parse_args()
-    args.file.write_text(schematic(args.highlight), encoding="utf-8")
+    if args.file:
+        args.file.write_text(schematic(*args.highlight), encoding="utf-8")
+    if args.notebooks:
+        for number, parts in NOTEBOOKS.items():
+            (ROOT / "notebooks" / f"schematic-{number}.svg").write_text(schematic(*parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -124,10 +124,14 @@ def test_the_notebooks_are_written_as_they_are(tmp_path, capsys):
     assert written_course.main([str(tmp_path / "new" / "course")]) == 0
     copies = sorted((tmp_path / "new" / "course").rglob("*"))[1:]
     originals = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    originals += sorted((ROOT / "notebooks").glob("schematic-*.svg"))
     assert [path.relative_to(tmp_path / "new" / "course") for path in copies] == [Path("notebooks", path.name) for path in originals]
     assert [path.read_bytes() for path in copies] == [path.read_bytes() for path in originals]
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith(f"{len(originals)} notebooks in {copies[0].parent};") and str(copies[0].parent) in told[-1]
+    assert (
+        told[0].startswith(f"{sum(path.suffix == '.ipynb' for path in originals)} notebooks in {copies[0].parent};")
+        and str(copies[0].parent) in told[-1]
+    )
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):

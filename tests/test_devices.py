@@ -409,18 +409,23 @@ def figures() -> dict:
     v = visualization
     return {
         "plot_bands": lambda: v.plot_bands([1, 10], {"a": square}, x="x", y="y"),
+        "hide": lambda: v.hide(images, masks.context, (2, 2)),
         "plot_confusion": lambda: v.plot_confusion(counts, ["a", "b"]),
+        "plot_correspondences": lambda: v.plot_correspondences([tuple(images)], [masks.context[0]], {"a": [masks.context[1]]}, (2, 2)),
         "plot_coverage": lambda: v.plot_coverage({"a": square}),
         "plot_error_maps": lambda: v.plot_error_maps(images, there(torch.rand(2, 2, 2))),
         "plot_images": lambda: v.plot_images(images),
         "plot_maps": lambda: [v.plot_maps({"a": square}, numbers=".1f"), v.plot_maps({"a": square}, shared=False)],
         "plot_masks": lambda: v.plot_masks(images, masks, (2, 2)),
         "plot_patches": lambda: v.plot_patches(images[0], 4),
+        "plot_rows": lambda: v.plot_rows({"a": images}),
         "plot_similarity_maps": lambda: v.plot_similarity_maps({"a": there(torch.eye(4))}, (2, 2)),
         "plot_token_colours": lambda: v.plot_token_colours(images, {"a": there(torch.rand(2, 2, 2, 3))}),
         "plot_tsne_embeddings": lambda: v.plot_tsne_embeddings(points, labels, ["a", "b"]),
+        "to_picture": lambda: v.to_picture(images[0], [0.5], [0.5]),
         "visualize_attention_scores": lambda: [
-            v.visualize_attention_scores(images[0], [weights], (2, 2), query=query) for query in (None, 1)
+            v.visualize_attention_scores(images[0], [weights], (2, 2), foreground=there(torch.eye(2)).bool()),
+            *(v.visualize_attention_scores(images[0], [weights], (2, 2), query=query) for query in (None, 1)),
         ],
     }
 

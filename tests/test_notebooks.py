@@ -85,3 +85,22 @@ def test_outputs_are_fit_to_commit(path):
     assert len(text) < 1_000_000
     for unwanted in ("application/vnd.jupyter.widget", '"execution": {', "/home/", "/root/", "/tmp/", "0%|"):
         assert unwanted not in text, f"{unwanted!r} is in the committed notebook"
+
+
+def test_pictures_have_alternative_text(path):
+    """Where nbconvert and JupyterLab look for it, and myst-nb, which has one text for all pictures of a cell."""
+    script, remedy = load_render_script(), "run scripts/render_notebooks.py --texts"
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    if not any(script.texts(cell) for cell in cells):
+        pytest.skip("its pictures are not described yet")
+    for cell in cells:
+        i, shown = cell.id, script.pictures(cell)
+        if not shown:
+            continue
+        texts = script.texts(cell)
+        assert len(texts) == len(shown), f"cell {i} shows {len(shown)} pictures, metadata.alt describes {len(texts)}"
+        for output, text in zip(shown, texts, strict=True):
+            assert len(text) >= 40 and text.endswith("."), f"cell {i}: say in a sentence what the picture shows: {text!r}"
+            kinds = [kind for kind in output.data if kind.startswith("image/")]
+            assert [output.metadata[kind]["alt"] for kind in kinds] == [text] * len(kinds), f"cell {i}: {remedy}"
+        assert cell.metadata["mystnb"]["image"]["alt"] == " ".join(texts), f"cell {i}: {remedy}"

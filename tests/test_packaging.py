@@ -17,6 +17,7 @@ import pytest
 import wejepa
 
 ROOT = Path(__file__).resolve().parent.parent
+COURSE = {p.name for pattern in ("[0-9]*.ipynb", "schematic-*.svg") for p in (ROOT / "notebooks").glob(pattern)}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 HEAVY = ("torch", "matplotlib", "sklearn", "IPython", "ipywidgets", "transformers", "safetensors", "datasets", "onnx", "onnxruntime")
 
@@ -134,7 +135,7 @@ def built(tmp_path_factory):
 def test_wheel_holds_the_package_its_images_weights_and_notebooks(built):
     _, names = built
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "wejepa").rglob("*") if p.is_file() and p.suffix != ".pyc"}
-    notebooks = {f"wejepa/notebooks/{p.name}" for p in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    notebooks = {f"wejepa/notebooks/{name}" for name in COURSE}
     assert {n for n in names if n.startswith("wejepa/")} == package | notebooks
     assert {n.split("/")[0] for n in names} == {"wejepa", f"wejepa-{wejepa.__version__}.dist-info"}
     licences = {p.name for p in (ROOT / "wejepa" / "assets").glob("*_LICENSE")}
@@ -146,7 +147,7 @@ def test_wheel_holds_the_package_its_images_weights_and_notebooks(built):
 def test_sdist_holds_what_the_wheel_is_built_from(built):
     names, _ = built
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
-    assert {n for n in names if n.startswith("notebooks/")} == {f"notebooks/{p.name}" for p in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    assert {n for n in names if n.startswith("notebooks/")} == {f"notebooks/{name}" for name in COURSE}
 
 
 @pytest.mark.slow

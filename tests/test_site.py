@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "scripts"))
 from make_live_data import write_live  # noqa: E402
-from make_schematic import PARTS, schematic  # noqa: E402
+from make_schematic import NOTEBOOKS, PARTS, schematic  # noqa: E402
 
 CODE = ("core", "masks")
 LIVE = ("live/paint", "live/patch", "live/masks", "live/replay")
@@ -169,6 +169,8 @@ def test_schematic_has_every_part_and_highlights_one():
         assert f'class="part lit" id="schematic-{part}"' in schematic(part) and schematic(part).count('class="part dim"') == len(PARTS) - 1
     with pytest.raises(ValueError, match="give one of image"):
         schematic("techer")
+    for number, parts in NOTEBOOKS.items():
+        assert (ROOT / "notebooks" / f"schematic-{number}.svg").read_text(encoding="utf-8") == schematic(*parts)
 
 
 class Page(HTMLParser):

@@ -3,8 +3,160 @@
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.text import Text
 
 from wejepa.analysis import visualization
+from wejepa.config import MaskConfig
+from wejepa.masking import sample_block_masks
+
+GRID = (8, 8)
+SCORES = {"mean": 0.81, "layers": 0.9, "grid": [0.85, 0.87, 0.9], "knn": 0.7}
+LINE = {"loss": 0.1, "teacher_variance": 0.5, "rankme": 8, "knn": 0.1}
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
+def attention(layers: int = 3, heads: int = 2) -> list[torch.Tensor]:
+    return list((4 * random(layers, heads, 64, 64)).softmax(-1))
+
+
+# A call of every figure, with as much in it as a notebook has, or more.
+FIGURES = {
+    "plot_bands": lambda f: f([1, 10], {"one": random(3, 2), "other": random(3, 2)}, x="labels", y="accuracy", title="Title"),
+    "plot_comparison": lambda f: f({name: SCORES for name in ("trained", "random", "pixels", "with labels", "fine-tuned")}),
+    "plot_confusion": lambda f: f((90 * random(10, 10)).long(), ["Ankle boot"] * 10),
+    "plot_correspondences": lambda f: f(
+        [(random(3, 32, 32), random(3, 32, 32))] * 6, [[3, 40]] * 6, {"trained": [[5, 6]] * 6, "random": [[7, 8]] * 6}, GRID, title="Title"
+    ),
+    "plot_coverage": lambda f: f({"published, as it is": random(8, 8), "without the bug": random(8, 8), "ours": random(8, 8)}),
+    "plot_curves": lambda f: f([1, 2, 4], {"one": [3, 2, 1], "other": [1, 1, 1]}, x="size", y="patches", title="Title"),
+    "plot_error_maps": lambda f: f(random(10, 1, 32, 32), {"model": random(10, 8, 8), "mean token": random(10, 8, 8)}),
+    "plot_histories": lambda f: f({name: [[{"step": s, **LINE} for s in (0, 99)]] * 2 for name in ("healthy", "no predictor", "frozen")}),
+    "plot_history": lambda f: f([{"epoch": e, **LINE} for e in range(30)]),
+    "plot_images": lambda f: f(random(12, 3, 32, 32), ["Ankle boot\n0.91"] * 12, columns=6, title="Title"),
+    "plot_maps": lambda f: f({"one": random(8, 8), "other": random(8, 8), "third": random(8, 8)}, label="value", numbers=".1f", title="T"),
+    "plot_masks": lambda f: f(random(6, 1, 32, 32), sample_block_masks(6, GRID, MaskConfig()), GRID),
+    "plot_patches": lambda f: f(random(3, 32, 32), 4, title="Title"),
+    "plot_rows": lambda f: f({"image": random(8, 1, 32, 32), "imagined": random(8, 1, 32, 32)}, titles=["a", "b"], title="Title"),
+    "plot_similarity_maps": lambda f: f({"untrained": random(64, 64), "trained": random(64, 64)}, GRID, title="Title"),
+    "plot_token_colours": lambda f: f(random(10, 1, 32, 32), {"trained": random(10, 8, 8, 3), "untrained": random(10, 8, 8, 3)}),
+    "plot_tsne_embeddings": lambda f: f(random(40, 2), torch.arange(40) % 10, ["Ankle boot"] * 10),
+    "visualize_attention_scores": lambda f: f(
+        random(1, 32, 32), {"trained": attention(), "untrained": attention()}, GRID, query=27, heads=True, title="Title"
+    ),
+}
+
+
+def test_every_figure_has_an_example():
+    assert set(FIGURES) == {name for name in visualization.__all__ if name.startswith(("plot", "visualize"))}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_fit_a_page_and_can_be_read_in_print(name):
+    fig = FIGURES[name](getattr(visualization, name))
+    assert not plt.fignum_exists(fig.number)
+    fig.draw_without_rendering()  # lays it out
+    assert fig.get_figwidth() <= visualization.WIDTH + 0.01
+    texts = [text for text in fig.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    assert texts and min(text.get_fontsize() for text in texts) >= 7
+    if name not in ("plot_coverage", "plot_maps", "plot_confusion", "plot_tsne_embeddings"):  # where letters lie in the picture
+        box, page = fig.get_tightbbox(), fig.bbox_inches
+        assert box.width <= page.width + 0.05 and box.height <= page.height + 0.05, "something stands out of the figure"
+
+
+def test_pictures_undo_what_was_done_to_them():
+    pixels = (255 * random(3, 8, 8)).byte()
+    assert torch.equal(visualization.to_picture(pixels), pixels.permute(1, 2, 0).float() / 255)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    normalised = (pixels.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert torch.allclose(visualization.to_picture(normalised, mean, std), visualization.to_picture(pixels), atol=1e-6)
+    dim = random(3, 8, 8) / 3
+    assert torch.equal(visualization.to_picture(dim), dim.permute(1, 2, 0))
+    stretched = visualization.to_picture(5 * dim - 1)
+    assert stretched.min() == 0 and stretched.max() == 1
+    assert torch.equal(visualization.to_picture(dim[:1])[..., 2], dim[0])
+
+
+def test_what_is_hidden_has_its_own_tint():
+    images = (random(2, 1, 8, 8) * 255).byte()
+    shown = visualization.hide(images, torch.tensor([[0], [3]]), (2, 2))
+    assert shown[0, :, :4, :4].isfinite().all() and shown[1, :, 4:, 4:].isfinite().all() and shown.isnan().sum() == 2 * 48
+    picture = visualization.to_picture(shown[0])
+    assert torch.equal(picture[:4, :4], visualization.to_picture(images[0])[:4, :4])
+    assert (picture[4:] == torch.tensor(visualization.HIDDEN)).all()
+    red, green, blue = visualization.HIDDEN
+    assert blue > green > red  # no shade of grey, as clothes are
+    nothing = visualization.to_picture(torch.full((1, 4, 4), torch.nan))
+    assert (nothing == torch.tensor(visualization.HIDDEN)).all()
+
+
+def test_masks_hide_in_that_tint():
+    images, masks = random(2, 1, 32, 32), sample_block_masks(2, GRID, MaskConfig(), torch.Generator().manual_seed(0))
+    seen = torch.as_tensor(visualization.plot_masks(images, masks, GRID).axes[2].images[0].get_array())  # second row, first column
+    hidden = (seen == torch.tensor(visualization.HIDDEN)).all(-1)
+    assert int(hidden.sum()) == (64 - masks.context.shape[1]) * 16
+
+
+def test_attention_that_is_compared_has_one_scale():
+    weak, strong = [torch.full((2, 64, 64), 1 / 64)] * 2, attention(2)
+    fig = visualization.visualize_attention_scores(random(1, 32, 32), {"weak": weak, "strong": strong}, GRID, query=9)
+    maps = [ax for ax in fig.axes if ax.get_ylabel() in ("weak", "strong", "") and ax.images and ax.images[-1].get_array().ndim == 2]
+    assert len(maps) == 4 and len({ax.images[-1].get_clim() for ax in maps}) == 1
+    low, high = maps[0].images[-1].get_clim()
+    assert low == 0 and high == pytest.approx(float(torch.stack(strong).mean(1)[:, 9].max()) * 64)
+    assert maps[0].images[-1].get_array().max() == pytest.approx(1)
+
+
+def test_attention_by_head_over_the_image_and_on_the_foreground_alone():
+    weights, foreground = attention(2, 3), torch.zeros(8, 8, dtype=torch.bool)
+    foreground[2:4] = True
+    fig = visualization.visualize_attention_scores(
+        random(1, 32, 32), weights, GRID, heads=True, overlay=True, foreground=foreground, layers=[1]
+    )
+    assert [ax.get_ylabel() for ax in fig.axes[:6:2]] == ["head 1", "head 2", "head 3"]
+    drawn = fig.axes[3].images  # the second head: the image, and its map above
+    assert len(drawn) == 2 and drawn[1].get_alpha() < 1
+    assert drawn[1].get_array().mask.sum() == 48
+    assert drawn[1].get_array()[2, 5] == pytest.approx(float(weights[1][1].mean(0)[2 * 8 + 5]) * 64)
+
+
+def test_seeds_become_error_bars():
+    fig = visualization.plot_comparison({"one": {"mean": [0.5, 0.6, 0.7], "grid": 0.8}, "other": {"mean": [0.4]}})
+    ax = fig.axes[0]
+    (bars,) = [c for c in ax.containers if hasattr(c, "has_yerr")]
+    ends = [path.vertices[:, 1].tolist() for path in bars.lines[2][0].get_paths()]
+    assert ends[0] == pytest.approx([50, 70]) and ends[1] == pytest.approx([80, 80])
+    assert {text.get_text() for text in ax.texts} == {"60.0", "80.0", "40.0"}
+
+
+@pytest.mark.parametrize("name", ["plot_bands", "plot_curves", "plot_history", "plot_comparison"])
+def test_axes_begin_at_zero(name):
+    fig = FIGURES[name](getattr(visualization, name))
+    assert {ax.get_ylim()[0] for ax in fig.axes} == {0}
+
+
+def test_images_are_as_large_as_told_and_no_larger_than_the_page():
+    pictures = random(4, 1, 32, 32)
+    assert visualization.plot_images(pictures, side=0.5).get_figwidth() < 2.3
+    assert visualization.plot_images(pictures, side=9).get_figwidth() == pytest.approx(visualization.WIDTH, abs=0.11)
+
+
+def test_rows_name_what_becomes_of_an_image():
+    rows = {"image": random(3, 1, 16, 16), "imagined": list(random(3, 1, 16, 16))}
+    fig = visualization.plot_rows(rows, titles=["a", "b", "c"])
+    assert [fig.axes[i].get_ylabel() for i in (0, 3)] == list(rows) and [ax.get_title() for ax in fig.axes[:3]] == ["a", "b", "c"]
+    assert torch.equal(torch.as_tensor(fig.axes[4].images[0].get_array()), visualization.to_picture(rows["imagined"][1]))
+
+
+def test_correspondences_frame_both_images():
+    first, second = random(3, 16, 16), random(3, 16, 16)
+    fig = visualization.plot_correspondences([(first, second)], [[0, 5]], {"trained": [[3, 15]]}, (4, 4))
+    upper, lower = fig.axes
+    assert [p.get_xy() for p in lower.patches] == [(11.5, -0.5), (11.5, 11.5)]
+    assert [p.get_edgecolor() for p in upper.patches] == [p.get_edgecolor() for p in lower.patches]
+    assert torch.equal(torch.as_tensor(lower.images[0].get_array()), visualization.to_picture(second))
 
 
 def test_token_colours_stand_below_their_images():

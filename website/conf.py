@@ -76,10 +76,12 @@ def prepare(app) -> None:
             if cell["cell_type"] == "markdown":
                 text = "".join(cell["source"])
                 text = re.sub(r"\]\(\.\./README\.md(#[^)]*)?\)", "](../howto/index.md)", text)
-                cell["source"] = text.replace("](../benchmarks/README.md", "](../benchmarks.md")
+                cell["source"] = text.replace("](../benchmarks/README.md", "](../benchmarks.md").replace("](../website/", "](../")
             for output in cell.get("outputs", []):
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
         (folder / path.name).write_text(json.dumps(notebook), encoding="utf-8")
+    for path in (ROOT / "notebooks").glob("schematic-*.svg"):
+        shutil.copy(path, folder)
     write_live(HERE / "_live")
 
 
@@ -87,7 +89,7 @@ def fill_in(app, docname: str, source: list[str]) -> None:
     """Drawings where a page asks for them: `<!-- schematic -->`, `<!-- schematic: teacher -->`, `<!-- loss curves -->`."""
 
     def drawn(match: re.Match) -> str:
-        picture = loss_curves() if match[1] == "loss curves" else schematic(match[2])
+        picture = loss_curves() if match[1] == "loss curves" else schematic(*filter(None, [match[2]]))
         return f'```{{raw}} html\n<div class="wide" tabindex="0">{picture.strip()}</div>\n```'
 
     source[0] = re.sub(r"<!-- (schematic|loss curves)(?:: ([a-z-]+))? -->", drawn, source[0])

@@ -341,7 +341,7 @@ class Collection:
 
     # ------------------------------------------------------------ shown
 
-    def sheet(self, found: Sequence[Hit | str], *, columns: int = 10, title: str = ""):
+    def sheet(self, found: Sequence[Hit | str], *, columns: int = 6, title: str = ""):
         """A figure of thumbnails, from hits, whose similarity is told, or names (needs matplotlib).
 
         Raises:

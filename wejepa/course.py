@@ -1,4 +1,4 @@
-"""The course for people without git: the notebooks, which the wheel carries, written into a folder.
+"""The course for people without git: the notebooks and their drawings, which the wheel carries, written into a folder.
 
     python -m wejepa.course DIRECTORY
 
@@ -33,13 +33,15 @@ def notebook_files() -> list[Path]:
 
 
 def write_course(directory: str | Path) -> list[Path]:
-    """Copy the notebooks to `directory`/notebooks, which is made; the paths of the copies.
+    """Copy the notebooks and their drawings to `directory`/notebooks, which is made; the paths of the notebooks' copies.
 
     Raises:
         DataError: a file of that name is there already, and then nothing is written; or the folder cannot be written to.
     """
     folder = path_of(directory) / "notebooks"
-    copies = {folder / path.name: path for path in notebook_files()}
+    notebooks = notebook_files()
+    drawings = sorted(notebooks[0].parent.glob("schematic-*.svg"))
+    copies = {folder / path.name: path for path in notebooks + drawings}
     for copy in copies:
         if copy.exists():
             raise DataError(f"{copy} is there already, and nothing is overwritten: name another directory, or move that one away")
@@ -50,7 +52,7 @@ def write_course(directory: str | Path) -> list[Path]:
                 file.write(path.read_bytes())
     except OSError as error:
         raise DataError(f"{folder} cannot be written to ({error}): name another directory") from error
-    return list(copies)
+    return [folder / path.name for path in notebooks]
 
 
 def main(argv: list[str] | None = None) -> int:

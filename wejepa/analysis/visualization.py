@@ -1,17 +1,19 @@
 """Figures from tensors, on any device: images, masks, training curves, comparisons, attention. Each returns a matplotlib figure.
 
-Colours are of Okabe and Ito's palette and the map is cividis: both read the same to colour-blind eyes.
+Images are (C, H, W): bytes or floats from 0 to 1, which are shown as they are, or floats of another range, which are stretched. What is
+not a number is hidden, and shown in one tint everywhere. Colours are of Okabe and Ito's palette and the map is cividis: both read the
+same to colour-blind eyes. A figure is no wider than a page's text, and no letter in it is smaller than 7 points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -22,9 +24,11 @@ from wejepa.analysis.features import READINGS
 from wejepa.masking import Masks
 
 __all__ = [
+    "hide",
     "plot_bands",
     "plot_comparison",
     "plot_confusion",
+    "plot_correspondences",
     "plot_coverage",
     "plot_curves",
     "plot_error_maps",
@@ -34,9 +38,11 @@ __all__ = [
     "plot_maps",
     "plot_masks",
     "plot_patches",
+    "plot_rows",
     "plot_similarity_maps",
     "plot_token_colours",
     "plot_tsne_embeddings",
+    "to_picture",
     "visualize_attention_scores",
 ]
 
@@ -44,6 +50,35 @@ CONTEXT, TARGET = "#0072B2", "#D55E00"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999", "#6A3D9A")
 MARKERS, LINES = "os^Dv*PX<>", ("-", "--", ":", "-.")
 BAR_COLOURS = (PALETTE[0], "#999999", PALETTE[4], PALETTE[2], PALETTE[3])
+HIDDEN = (150 / 255, 178 / 255, 209 / 255)  # red, green, blue of a hidden patch: a tint that neither black nor white clothes have
+WIDTH = 6.5  # inches between a page's margins
+STYLE = {
+    "figure.dpi": 150,
+    "font.size": 8,
+    "figure.titlesize": 9.5,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4.5,
+}
+
+
+def figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """A function that draws, in the style that all figures have; what it returns is shown once, by the cell that returns it."""
+
+    @functools.wraps(draw)
+    def styled(*args, **kwargs) -> Figure:
+        with plt.rc_context(STYLE):
+            fig = draw(*args, **kwargs)
+            for ax in fig.axes:  # ticks are made when a figure is rendered, after the style is gone
+                ax.tick_params(labelsize=STYLE["xtick.labelsize"])
+        plt.close(fig)
+        return fig
+
+    return styled
 
 
 def line_styles(names: Collection[str]) -> list[dict[str, str]]:
@@ -61,74 +96,147 @@ def _check_count(names: Collection[str], most: int, what: str) -> None:
         raise ValueError(f"{len(names)} {what} in one figure: {most} can be told apart, so draw the rest in another")
 
 
-def to_picture(image: Tensor) -> Tensor:
-    """An image (C, H, W) of any range as (H, W, 3) from 0 to 1."""
-    image = image.detach().float().cpu()
-    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
-    return image.expand(3, -1, -1).permute(1, 2, 0) if image.shape[0] == 1 else image[:3].permute(1, 2, 0)
+def to_picture(image: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
+    """An image (C, H, W) as (H, W, 3) from 0 to 1; pixels that are not a number get the tint HIDDEN.
+
+    Args:
+        image: bytes, or floats.
+        mean, std: of each channel: the normalisation to undo, for floats. Without them floats from 0 to 1 are shown as they are, and
+            those of another range are stretched to it.
+    """
+    image = image.detach().cpu()
+    hidden = image.isnan().any(0) if image.is_floating_point() else torch.zeros(image.shape[1:], dtype=torch.bool)
+    if image.dtype == torch.uint8:
+        image = image.float() / 255
+    elif mean is not None and std is not None:
+        image = (image.float() * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)).clamp(0, 1)
+    else:
+        image = image.float()
+        seen = image[:, ~hidden] if not hidden.all() else torch.zeros(1)
+        if seen.min() < 0 or seen.max() > 1:
+            image = (image - seen.min()) / (seen.max() - seen.min()).clamp(min=1e-6)
+    image = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
+    return torch.where(hidden[..., None], torch.tensor(HIDDEN), image.permute(1, 2, 0))
 
 
-def plot_images(images: Tensor, titles: Sequence[str] = (), *, columns: int = 10, title: str = "") -> Figure:
-    """A grid of images (B, C, H, W), with a line above each."""
+def hide(images: Tensor, keep: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Images (B, C, H, W), bytes or floats, of which only the patches `keep` (B, K) are left: floats, not a number where they are hidden.
+
+    Bytes become floats from 0 to 1.
+    """
+    rows, cols = grid_size
+    kept = torch.zeros(len(images), rows * cols, device=images.device).scatter_(1, keep.to(images.device), 1.0).view(-1, 1, rows, cols)
+    kept = kept.repeat_interleave(images.shape[-2] // rows, 2).repeat_interleave(images.shape[-1] // cols, 3)
+    shown = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return shown.masked_fill(kept == 0, torch.nan)
+
+
+def _canvas(rows: int, columns: int, side: float, *, beside: float = 0.1, above: float = 0.3) -> tuple[Figure, np.ndarray]:
+    """Axes for rows and columns of pictures of that side, in inches, without ticks, or smaller ones if the page is not wide enough.
+
+    Args:
+        beside: width that names and colour bars take, in inches.
+        above: height that the title takes, and a line above each picture.
+    """
+    side = min(side, (WIDTH - beside) / columns)
+    size = (side * columns + beside, side * rows + above)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+    return fig, axes
+
+
+def _beside(count: int, side: float, bar: float) -> tuple[float, float]:
+    """Size, in inches, of a figure of square maps side by side that have titles, axes, and a bar of that width."""
+    side = min(side, (WIDTH - bar) / count)
+    return side * count + bar, side + 0.55
+
+
+@figure
+def plot_images(images: Tensor, titles: Sequence[str] = (), *, columns: int = 5, side: float = 1.2, title: str = "") -> Figure:
+    """A grid of images (B, C, H, W), with a line above each; `side` is an image's in inches, less where the page is not wide enough."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(1.15 * columns, 1.35 * rows), squeeze=False, layout="constrained")
+    side = min(side, WIDTH / columns)
+    lines = max((text.count("\n") + 1 for text in titles), default=0)
+    fig, axes = _canvas(rows, columns, side, above=0.16 * rows * lines + (0.25 if title else 0.05))
     for i, ax in enumerate(axes.flat):
         ax.axis("off")
         if i < len(images):
             ax.imshow(to_picture(images[i]))
-            ax.set_title(titles[i] if i < len(titles) else "", fontsize=9)
+            ax.set_title(titles[i] if i < len(titles) else "", fontsize=8, pad=2)
     fig.suptitle(title)
-    plt.close(fig)  # shown once, by the cell that returns it
     return fig
 
 
+@figure
+def plot_rows(rows: Mapping[str, Sequence[Tensor]], *, side: float = 1.2, titles: Sequence[str] = (), title: str = "") -> Figure:
+    """Rows of images by name, as many in each: what becomes of an image stands below it.
+
+    Args:
+        rows: by the name that stands beside each, its images, (C, H, W) each.
+        side: an image's, in inches; less where the page is not wide enough.
+        titles: a line above each column.
+        title: above the figure.
+    """
+    columns = len(next(iter(rows.values())))
+    fig, axes = _canvas(len(rows), columns, side, beside=0.35, above=0.3 + (0.2 if titles else 0))
+    for (name, images), line in zip(rows.items(), axes, strict=True):
+        line[0].set_ylabel(name)
+        for ax, image in zip(line, images, strict=True):
+            ax.imshow(to_picture(image))
+    for ax, text in zip(axes[0], titles, strict=False):
+        ax.set_title(text)
+    fig.suptitle(title)
+    return fig
+
+
+@figure
 def plot_masks(images: Tensor, masks: Masks, grid_size: tuple[int, int], *, title: str = "What is seen, what is asked") -> Figure:
     """For each image (B, C, H, W): the whole, what the student sees, and the target blocks it must predict."""
     columns, masks = len(images), masks.to("cpu")
-    fig, axes = plt.subplots(3, columns, figsize=(1.5 * columns + 0.9, 5.2), squeeze=False, layout="constrained")
-    high, wide = images.shape[-2] // grid_size[0], images.shape[-1] // grid_size[1]
+    fig, axes = _canvas(3, columns, 1.5, beside=0.5)
+    high, wide = images.shape[-2] / grid_size[0], images.shape[-1] / grid_size[1]
+    seen = hide(images, masks.context, grid_size)
     for column in range(columns):
         picture = to_picture(images[column])
-        visible = torch.zeros(grid_size[0] * grid_size[1])
-        visible[masks.context[column]] = 1
-        visible = F.interpolate(visible.view(1, 1, *grid_size), scale_factor=(high, wide)).squeeze()[..., None]
+        visible = torch.where(seen[column].isnan().any(0).cpu()[..., None], torch.tensor(HIDDEN), picture)
         axes[0, column].imshow(picture)
-        axes[1, column].imshow(picture * visible + 0.82 * (1 - visible))
+        axes[1, column].imshow(visible)
         axes[2, column].imshow(0.35 * picture + 0.65)
         for block, target in enumerate(masks.targets[column]):
             row, col = target // grid_size[1], target % grid_size[1]
-            corner = (col.min() * wide - 0.5, row.min() * high - 0.5)
-            size = ((col.max() - col.min() + 1) * wide, (row.max() - row.min() + 1) * high)
+            corner = (float(col.min()) * wide - 0.5, float(row.min()) * high - 0.5)
+            size = (float(col.max() - col.min() + 1) * wide, float(row.max() - row.min() + 1) * high)
             colour = PALETTE[(block + 1) % len(PALETTE)]
-            axes[2, column].add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=2))
+            axes[2, column].add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.8))
     for row, name in enumerate(
         ("image", f"context\n({masks.context.shape[1]} patches)", f"targets\n({masks.targets.shape[1]} blocks of {masks.targets.shape[2]})")
     ):
         axes[row, 0].set_ylabel(name)
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
+@figure
 def plot_history(history: list[dict[str, Any]], *, title: str = "Pretraining") -> Figure:
     """Loss, teacher variance, RankMe and nearest-neighbour accuracy over the epochs of a run's history."""
     panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
     panels = [(key, name) for key, name in panels if history[0].get(key) is not None]
-    fig, axes = plt.subplots(1, len(panels), figsize=(2.9 * len(panels), 2.7), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH * len(panels) / 4, 2.2), squeeze=False, layout="constrained")
     epochs = [entry["epoch"] for entry in history]
     for ax, (key, name), colour in zip(axes[0], panels, PALETTE, strict=False):
         ax.plot(epochs, [entry[key] for entry in history], color=colour, marker="." if len(epochs) < 40 else None)
-        ax.set(title=name, xlabel="epoch")
+        ax.set(title=name, xlabel="epoch", ylim=(0, None))
+        ax.yaxis.set_major_locator(MaxNLocator(4))
         ax.grid(alpha=0.3)
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
+@figure
 def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: str = "") -> Figure:
     """Loss (logarithmic), teacher variance, RankMe and nearest-neighbour accuracy over the steps of several runs.
 
@@ -139,46 +247,57 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
     """
     panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
     styles = line_styles(runs)
-    fig, axes = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained")
+    fig, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), layout="constrained")
     for ax, (key, name) in zip(axes.flat, panels, strict=True):
         for (run, histories), style in zip(runs.items(), styles, strict=True):
             for i, history in enumerate(histories):
                 values = [entry[key] for entry in history]
                 label = run if i == 0 else None
-                ax.plot([e["step"] for e in history], values, markersize=4, label=label, **style)
-        ax.set(title=name, xlabel="step", ylabel=name)
+                ax.plot([e["step"] for e in history], values, markersize=3, label=label, **style)
+        ax.set(title=name, xlabel="step")
         ax.grid(alpha=0.3)
     axes[0, 0].set_yscale("log")
     for ax in axes.flat[1:]:
         ax.set_ylim(0, None)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
-def plot_comparison(rows: dict[str, dict[str, float]], *, title: str = "Test accuracy under one protocol") -> Figure:
-    """Bars for each row of a `Comparison`, one group for each way of reading the tokens."""
+@figure
+def plot_comparison(
+    rows: Mapping[str, Mapping[str, float | Sequence[float]]], *, title: str = "Test accuracy under one protocol"
+) -> Figure:
+    """Bars for each row of a `Comparison`, one group for each way of reading the tokens.
+
+    An accuracy, from 0 to 1, may be a sequence, one for each seed: the bar is their mean, and an error bar reaches one standard deviation
+    up and down.
+    """
     groups = [(key, name) for key, name in READINGS.items() if any(key in row for row in rows.values())]
     _check_count(rows, len(BAR_COLOURS), "encoders")
-    fig, ax = plt.subplots(figsize=(9.5, 3.8), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
     width = 0.8 / len(rows)
     for i, ((name, row), colour) in enumerate(zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True)):
-        found = [(g, 100 * row[key]) for g, (key, _) in enumerate(groups) if key in row]
+        found = [(g, 100 * torch.as_tensor(row[key], dtype=torch.float64).flatten()) for g, (key, _) in enumerate(groups) if key in row]
         at = [g + (i - (len(rows) - 1) / 2) * width for g, _ in found]
-        bars = ax.bar(at, [value for _, value in found], width * 0.92, color=colour, label=name)
-        ax.bar_label(bars, fmt="%.1f", fontsize=8)
+        spread = [float(values.std()) if len(values) > 1 else 0.0 for _, values in found]
+        bars = ax.bar(at, [float(values.mean()) for _, values in found], width * 0.92, color=colour, label=name)
+        if any(spread):
+            ax.errorbar(at, [bar.get_height() for bar in bars], spread, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
+        for bar, deviation in zip(bars, spread, strict=True):
+            place = (bar.get_x() + bar.get_width() / 2, bar.get_height() + deviation + 1)
+            ax.text(*place, f"{bar.get_height():.1f}", ha="center", va="bottom", fontsize=7)
     ax.set_xticks(range(len(groups)), [name for _, name in groups])
     ax.set(ylabel="accuracy, %", ylim=(0, 100), title=title)
-    ax.legend(ncols=len(rows), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
-    plt.close(fig)
+    ax.legend(ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     return fig
 
 
+@figure
 def plot_bands(x_values: Sequence[float], curves: dict[str, Tensor], *, x: str, y: str, title: str = "") -> Figure:
     """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten."""
     styles = line_styles(curves)
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDTH * 0.85, 3.1), layout="constrained")
     for (name, values), style in zip(curves.items(), styles, strict=True):
         values = torch.as_tensor(values).float().cpu()
         ax.fill_between(x_values, values.amin(0), values.amax(0), color=style["color"], alpha=0.18, linewidth=0)
@@ -186,134 +305,196 @@ def plot_bands(x_values: Sequence[float], curves: dict[str, Tensor], *, x: str, 
     ax.set_xscale("log")
     ax.set_xticks(x_values, [f"{v:g}" for v in x_values])
     ax.minorticks_off()
-    ax.set(xlabel=x, ylabel=y, title=title)
+    ax.set(xlabel=x, ylabel=y, title=title, ylim=(0, None))
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
-    plt.close(fig)
     return fig
 
 
+@figure
 def plot_confusion(counts: Tensor, classes: Sequence[str], *, title: str = "What is taken for what") -> Figure:
     """How many images of each class (rows) were given each class (columns), (C, C), as shares of the row; the counts stand in the cells."""
     counts = counts.cpu()
     shares = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)
-    fig, ax = plt.subplots(figsize=(0.62 * len(classes) + 1.8, 0.55 * len(classes) + 1.2), layout="constrained")
+    fig, ax = plt.subplots(figsize=(min(WIDTH, 0.5 * len(classes) + 1.8), min(WIDTH, 0.45 * len(classes) + 1.2)), layout="constrained")
     drawn = ax.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     for (row, col), share in zip(np.ndindex(*shares.shape), shares.flatten().tolist(), strict=True):
         if counts[row, col]:
-            ax.text(col, row, int(counts[row, col]), ha="center", va="center", fontsize=8, color="white" if share < 0.5 else "black")
+            ax.text(col, row, int(counts[row, col]), ha="center", va="center", fontsize=7, color="white" if share < 0.5 else "black")
     ax.set_xticks(range(len(classes)), classes, rotation=40, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(classes)), classes)
     ax.set(xlabel="predicted", ylabel="true", title=title)
     fig.colorbar(drawn, ax=ax, shrink=0.8, label="share of the true class", format=PercentFormatter(1.0, decimals=0))
-    plt.close(fig)
     return fig
 
 
+@figure
 def visualize_attention_scores(
     image: Tensor,
-    attentions: Sequence[Tensor],
+    attentions: Sequence[Tensor] | Mapping[str, Sequence[Tensor]],
     grid_size: tuple[int, int],
     *,
     query: int | None = None,
     layers: Sequence[int] | None = None,
+    heads: bool = False,
+    overlay: bool = False,
+    foreground: Tensor | None = None,
     title: str = "",
 ) -> Figure:
-    """Attention over an image, one heatmap a layer, averaged over the heads.
+    """Attention over an image, one heatmap a layer, averaged over the heads, all on one colour scale.
 
     Args:
         image: (C, H, W).
-        attentions: for each layer (heads, N, N) of this one image, rows being the queries.
+        attentions: for each layer (heads, N, N) of this one image, rows being the queries; or such lists by the name of their encoder,
+            all with as many layers, for a row each.
         grid_size: patches down and across.
         query: the patch whose attention is shown and marked; None for the mean over all patches: how much each one is looked at.
         layers: which layers, all by default.
+        heads: a row for each head, instead of their mean.
+        overlay: lay the maps over the image, which shows through.
+        foreground: (rows, columns) of the grid, true where attention is shown; elsewhere is the tint HIDDEN.
         title: above the figure.
     """
-    layers = range(len(attentions)) if layers is None else layers
-    fig, axes = plt.subplots(1, 1 + len(layers), figsize=(2.3 * (1 + len(layers)) + 0.6, 2.7), squeeze=False, layout="constrained")
-    axes, picture = axes[0], to_picture(image)
+    encoders = attentions if isinstance(attentions, Mapping) else {"": attentions}
+    depth = len(next(iter(encoders.values())))
+    layers = range(depth) if layers is None else layers
+    maps: dict[str, Tensor] = {}  # for each row (L, rows, columns)
+    for name, found in encoders.items():
+        weights = torch.stack([found[k].float().cpu() for k in layers])  # (L, heads, N, N)
+        weights = weights if heads else weights.mean(1, keepdim=True)
+        seen = (weights.mean(2) if query is None else weights[:, :, query]) * weights.shape[-1]  # 1 is an even share
+        for head in range(seen.shape[1]):
+            of_head = f"head {head + 1}" if heads else ""
+            maps[", ".join(filter(None, (name, of_head)))] = seen[:, head].view(-1, *grid_size)
+    if foreground is not None:
+        maps = {name: values.masked_fill(~foreground.bool().cpu(), torch.nan) for name, values in maps.items()}
+    largest = max(float(values.nan_to_num(0).max()) for values in maps.values())
+    colours = plt.get_cmap("cividis").with_extremes(bad=HIDDEN)
+
+    fig, axes = _canvas(len(maps), 1 + len(layers), 1.5, beside=1.0, above=0.5)
+    picture, corners = to_picture(image), (-0.5, image.shape[-1] - 0.5, image.shape[-2] - 0.5, -0.5)
     high, wide = image.shape[-2] / grid_size[0], image.shape[-1] / grid_size[1]
-    maps = torch.stack([attentions[k].float().mean(0).cpu() for k in layers])  # (L, N, N)
-    maps = (maps.mean(1) if query is None else maps[:, query]).view(-1, *grid_size) * maps.shape[-1]  # 1 is an even share
-    axes[0].imshow(picture)
-    axes[0].set_title("image")
-    for ax, layer, heat in zip(axes[1:], layers, maps, strict=True):
-        drawn = ax.imshow(
-            heat, cmap="cividis", vmin=0, vmax=float(maps.max()), extent=(-0.5, image.shape[-1] - 0.5, image.shape[-2] - 0.5, -0.5)
-        )
-        ax.set_title(f"layer {layer % len(attentions) + 1}")
-    fig.colorbar(drawn, ax=list(axes), shrink=0.8, label="attention\n(1 = even share)")
-    for ax in axes:
-        ax.set_xticks([])
-        ax.set_yticks([])
-        if query is not None:
-            row, col = divmod(query, grid_size[1])
-            ax.add_patch(Rectangle((col * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=TARGET, linewidth=2))
+    for line, (name, values) in zip(axes, maps.items(), strict=True):
+        line[0].set_ylabel(name)
+        line[0].imshow(picture)
+        for ax, heat in zip(line[1:], values, strict=True):
+            if overlay:
+                ax.imshow(picture)
+            drawn = ax.imshow(heat, cmap=colours, vmin=0, vmax=largest, extent=corners, alpha=0.7 if overlay else 1)
+    for ax, text in zip(axes[0], ("image", *(f"layer {k % depth + 1}" for k in layers)), strict=True):
+        ax.set_title(text)
+    fig.colorbar(
+        drawn, ax=list(axes.flat), shrink=0.8, label="attention (1 = even share)" if len(maps) > 1 else "attention\n(1 = even share)"
+    )
+    if query is not None:
+        row, col = divmod(query, grid_size[1])
+        for ax in axes.flat:
+            frame = Rectangle((col * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=TARGET, linewidth=1.6)
+            ax.add_patch(frame)
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
+@figure
+def plot_correspondences(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    queries: Sequence[Sequence[int]],
+    matches: Mapping[str, Sequence[Sequence[int]]],
+    grid_size: tuple[int, int],
+    *,
+    side: float = 1.2,
+    title: str = "",
+) -> Figure:
+    """Which patches of a second image are like some patches of a first one: frames of one colour belong together.
+
+    Args:
+        pairs: in each column a first and a second image, (C, H, W) each.
+        queries: for each pair the framed patches of its first image, ten at the most.
+        matches: by name, for each pair, the patch of the second image for each of the queries; a row for each name.
+        grid_size: patches down and across.
+        side: an image's, in inches; less where the page is not wide enough.
+        title: above the figure.
+    """
+    fig, axes = _canvas(1 + len(matches), len(pairs), side, beside=0.35)
+    rows = {"patches": queries, **matches}
+    for number, (line, (name, places)) in enumerate(zip(axes, rows.items(), strict=True)):
+        line[0].set_ylabel(name)
+        for ax, pair, framed in zip(line, pairs, places, strict=True):
+            image = pair[min(number, 1)]
+            high, wide = image.shape[-2] / grid_size[0], image.shape[-1] / grid_size[1]
+            ax.imshow(to_picture(image))
+            for k, place in enumerate(framed):
+                row, col = divmod(int(place), grid_size[1])
+                frame = Rectangle((col * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=PALETTE[k], linewidth=1.8)
+                frame.set_path_effects([withStroke(linewidth=3, foreground="white")])  # seen on any ground
+                ax.add_patch(frame)
+    fig.suptitle(title)
+    return fig
+
+
+@figure
 def plot_tsne_embeddings(points: Tensor, labels: Tensor, classes: Sequence[str], *, title: str = "t-SNE of the features") -> Figure:
     """A scatter of points (N, 2): each class (N,) has a colour, a marker, and its name at the median of its points."""
     points, labels = points.cpu(), labels.cpu()
-    fig, ax = plt.subplots(figsize=(7.2, 5.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
     for i, name in enumerate(classes):
         own = points[labels == i]
         if len(own):
             colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-            ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, s=14, linewidths=0, label=name)
+            ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, s=9, linewidths=0, label=name)
             outline = [withStroke(linewidth=2.5, foreground="white")]  # readable on any point
             ax.text(*own.median(0).values.tolist(), name, fontsize=8, ha="center", va="center", path_effects=outline, zorder=3)
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     ax.set(xlabel="t-SNE 1", ylabel="t-SNE 2", title=title)
-    plt.close(fig)
     return fig
 
 
+@figure
 def plot_token_colours(
-    images: Tensor, colours: dict[str, Tensor], *, title: str = "Tokens as colours: like colours, like tokens"
+    images: Tensor, colours: dict[str, Tensor], *, side: float = 1.2, title: str = "Tokens as colours: like colours, like tokens"
 ) -> Figure:
-    """Images (B, C, H, W) above rows of their tokens' colours, each (B, rows, columns, 3) from 0 to 1, by name."""
-    columns, rows = len(images), 1 + len(colours)
-    fig, axes = plt.subplots(rows, columns, figsize=(1.15 * columns + 0.8, 1.2 * rows + 0.4), squeeze=False, layout="constrained")
-    for column in range(columns):
-        axes[0, column].imshow(to_picture(images[column]))
+    """Images (B, C, H, W) above rows of their tokens' colours, each (B, rows, columns, 3) from 0 to 1, by name; `side` is in inches."""
+    fig, axes = _canvas(1 + len(colours), len(images), side, beside=0.35)
+    for column, image in enumerate(images):
+        axes[0, column].imshow(to_picture(image))
         for ax, shown in zip(axes[1:, column], colours.values(), strict=True):
             ax.imshow(shown[column].cpu())
     for ax, name in zip(axes[:, 0], ("image", *colours), strict=True):
         ax.set_ylabel(name)
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
-def plot_error_maps(images: Tensor, errors: Tensor, *, title: str = "Which patches are hard to predict") -> Figure:
-    """Images (B, C, H, W) above the prediction error of each of their patches (B, rows, columns); not-a-number is left white."""
-    columns, errors = len(images), errors.cpu()
-    fig, axes = plt.subplots(2, columns, figsize=(1.15 * columns + 1.4, 2.9), squeeze=False, layout="constrained")
-    largest = float(errors[errors.isfinite()].quantile(0.99))  # a single hard patch would darken the rest
-    for column in range(columns):
-        axes[0, column].imshow(to_picture(images[column]))
-        drawn = axes[1, column].imshow(errors[column], cmap="cividis", vmin=0, vmax=largest)
-    axes[0, 0].set_ylabel("image")
-    axes[1, 0].set_ylabel("error")
+@figure
+def plot_error_maps(images: Tensor, errors: Tensor | Mapping[str, Tensor], *, title: str = "Which patches are hard to predict") -> Figure:
+    """Images (B, C, H, W) above the prediction errors of each of their patches, on one scale.
+
+    Args:
+        images: the images.
+        errors: (B, rows, columns), or several such by the name that stands beside them; what is not a number gets the tint HIDDEN.
+        title: above the figure.
+    """
+    rows = {name: values.cpu() for name, values in (errors if isinstance(errors, Mapping) else {"error": errors}).items()}
+    fig, axes = _canvas(1 + len(rows), len(images), 1.2, beside=1.0)
+    everything = torch.cat([values.flatten() for values in rows.values()])
+    largest = float(everything[everything.isfinite()].quantile(0.99))  # a single hard patch would darken the rest
+    colours = plt.get_cmap("cividis").with_extremes(bad=HIDDEN)
+    for column, image in enumerate(images):
+        axes[0, column].imshow(to_picture(image))
+        for ax, values in zip(axes[1:, column], rows.values(), strict=True):
+            drawn = ax.imshow(values[column], cmap=colours, vmin=0, vmax=largest)
+    for ax, name in zip(axes[:, 0], ("image", *rows), strict=True):
+        ax.set_ylabel(name)
     fig.colorbar(drawn, ax=list(axes.flat), shrink=0.9, extend="max", label="smooth-L1")
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
+@figure
 def plot_coverage(maps: dict[str, Tensor], *, title: str = "How often each patch is drawn") -> Figure:
     """Heatmaps of shares (H, W) by name, on one scale that begins at 0, each patch's share written in it."""
     maps = {name: heat.cpu() for name, heat in maps.items()}
-    fig, axes = plt.subplots(1, len(maps), figsize=(3.5 * len(maps) + 0.9, 3.7), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(maps), figsize=_beside(len(maps), 3.2, 0.9), squeeze=False, layout="constrained")
     highest = max(float(heat.max()) for heat in maps.values())
     for ax, (name, heat) in zip(axes[0], maps.items(), strict=True):
         drawn = ax.imshow(heat, cmap="cividis", vmin=0, vmax=highest)
@@ -321,19 +502,19 @@ def plot_coverage(maps: dict[str, Tensor], *, title: str = "How often each patch
         if heat.numel() <= 100:
             for (row, col), share in zip(np.ndindex(*heat.shape), heat.flatten().tolist(), strict=True):
                 colour = "white" if share < 0.6 * highest else "black"
-                ax.text(col, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+                ax.text(col, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
     fig.colorbar(drawn, ax=list(axes[0]), shrink=0.85, label="share of images", format=PercentFormatter(1.0, decimals=0))
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
+@figure
 def plot_curves(
     x_values: Sequence[float], curves: dict[str, Sequence[float]], *, x: str, y: str, title: str = "", log_x: bool = True
 ) -> Figure:
     """Lines by name over common x values."""
     styles = line_styles(curves)
-    fig, ax = plt.subplots(figsize=(6.2, 3.5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(WIDTH * 0.85, 2.9), layout="constrained")
     for (name, values), style in zip(curves.items(), styles, strict=True):
         ax.plot(x_values, values, label=name, **style)
     if log_x:
@@ -342,10 +523,10 @@ def plot_curves(
     ax.set(xlabel=x, ylabel=y, title=title, ylim=(0, None))
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
-    plt.close(fig)
     return fig
 
 
+@figure
 def plot_maps(
     maps: dict[str, Tensor],
     *,
@@ -366,7 +547,9 @@ def plot_maps(
         title: above the figure.
     """
     maps = {name: values.detach().float().cpu() for name, values in maps.items()}
-    fig, axes = plt.subplots(1, len(maps), figsize=(3.5 * len(maps) + 0.7, 3.9), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1, len(maps), figsize=_beside(len(maps), 3.2, 0.7 if shared else 0.7 * len(maps)), squeeze=False, layout="constrained"
+    )
     everything = torch.cat([values.flatten() for values in maps.values()])
     for ax, (name, values) in zip(axes[0], maps.items(), strict=True):
         scale = everything if shared else values
@@ -376,7 +559,7 @@ def plot_maps(
             (((r, c), float(values[r, c])) for r in range(values.shape[0]) for c in range(values.shape[1])) if numbers else ()
         ):
             ink = "white" if value < (low + high) / 2 else "black"
-            ax.text(col, row, format(value, numbers), ha="center", va="center", color=ink, fontsize=8)
+            ax.text(col, row, format(value, numbers), ha="center", va="center", color=ink, fontsize=7)
         ax.set(title=name, xlabel="column")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if not shared:
@@ -385,10 +568,10 @@ def plot_maps(
     if shared:
         fig.colorbar(drawn, ax=list(axes[0]), shrink=0.8, label=label)
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
+@figure
 def plot_patches(image: Tensor, patch_size: int, *, title: str = "") -> Figure:
     """An image (C, H, W), and beside it the patches that it is cut into, a little apart."""
     picture = to_picture(image)
@@ -400,7 +583,7 @@ def plot_patches(image: Tensor, patch_size: int, *, title: str = "") -> Figure:
         for c in range(cols):
             patch = picture[r * patch_size : (r + 1) * patch_size, c * patch_size : (c + 1) * patch_size]
             sheet[r * step : r * step + patch_size, c * step : c * step + patch_size] = patch
-    fig, axes = plt.subplots(1, 2, figsize=(7.6, 4.6), dpi=75, layout="constrained")  # photographs make large files
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), dpi=100, layout="constrained")  # photographs make large files
     axes[0].imshow(picture)
     axes[0].set(title=f"{picture.shape[0]} x {picture.shape[1]} pixels", xlabel="column", ylabel="row")
     axes[1].imshow(sheet)
@@ -410,28 +593,28 @@ def plot_patches(image: Tensor, patch_size: int, *, title: str = "") -> Figure:
     axes[1].set_xticks(places[:cols:every], range(0, cols, every))
     axes[1].set_yticks(places[:rows:every], range(0, rows, every))
     fig.suptitle(title)
-    plt.close(fig)
     return fig
 
 
+@figure
 def plot_similarity_maps(similarities: dict[str, Tensor], grid_size: tuple[int, int], *, title: str = "") -> Figure:
     """For each (N, N) of cosine similarities a grid of maps: the map at row r and column c compares that position with all others.
 
-    Each has its own scale, from its smallest value to 1.
+    All have one scale, from the smallest value of all to 1.
     """
     rows, cols = grid_size
-    fig, axes = plt.subplots(1, len(similarities), figsize=(5.2 * len(similarities), 5.0), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(similarities), figsize=_beside(len(similarities), 4.0, 0.8), squeeze=False, layout="constrained")
+    lowest = min(float(similarity.min()) for similarity in similarities.values())
     for ax, (name, similarity) in zip(axes[0], similarities.items(), strict=True):
         sheet = torch.full((rows * (rows + 1) - 1, cols * (cols + 1) - 1), float("nan"))
         for k, values in enumerate(similarity.detach().float().cpu().view(-1, rows, cols)):
             r, c = k // cols * (rows + 1), k % cols * (cols + 1)
             sheet[r : r + rows, c : c + cols] = values
-        drawn = ax.imshow(sheet, cmap="cividis", vmin=float(similarity.min()), vmax=1)
-        fig.colorbar(drawn, ax=ax, shrink=0.75, label="cosine similarity")
+        drawn = ax.imshow(sheet, cmap="cividis", vmin=lowest, vmax=1)
         ax.set_xticks([k * (cols + 1) + (cols - 1) / 2 for k in range(cols)], range(cols))
         ax.set_yticks([k * (rows + 1) + (rows - 1) / 2 for k in range(rows)], range(rows))
         ax.set(title=name, xlabel="column of the position")
     axes[0, 0].set_ylabel("row of the position")
+    fig.colorbar(drawn, ax=list(axes[0]), shrink=0.75, label="cosine similarity")
     fig.suptitle(title)
-    plt.close(fig)
     return fig
