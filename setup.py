@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the wheel carries the notebooks and their drawings, which in the repository lie beside the package."""
+"""What pyproject.toml cannot say: the wheel carries the course, which in the repository lies beside the package."""
 
 from pathlib import Path
 
@@ -6,20 +6,27 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 
-class BuildWithNotebooks(build_py):
-    """Puts the notebooks into the package as `wejepa/notebooks/`, where wejepa.course finds them."""
+def course_files() -> list[Path]:
+    """What MANIFEST.in includes: the notebooks, and every page and picture that their links lead to."""
+    lines = Path("MANIFEST.in").read_text(encoding="utf-8").splitlines()
+    patterns = [pattern for line in lines if line.startswith("include ") for pattern in line.split()[1:]]
+    return sorted({path for pattern in patterns for path in Path().glob(pattern)})
+
+
+class BuildWithCourse(build_py):
+    """Puts the course into the package as `wejepa/course_files/`, where wejepa.course finds it."""
 
     def run(self):
         super().run()
-        if self.editable_mode:  # the package stays where it is, and so do they
+        if self.editable_mode:  # the package stays where it is, and so does the course
             return
-        notebooks = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
-        if not notebooks:
+        files = course_files()
+        if not any(path.suffix == ".ipynb" for path in files):
             raise SystemExit("error: notebooks/ holds no notebooks, and the wheel would be without them: build from the whole repository")
-        folder = Path(self.build_lib, "wejepa", "notebooks")
-        self.mkpath(str(folder))
-        for path in notebooks + sorted(Path("notebooks").glob("schematic-*.svg")):
-            self.copy_file(str(path), str(folder / path.name))
+        for path in files:
+            copy = Path(self.build_lib, "wejepa", "course_files", path)
+            self.mkpath(str(copy.parent))
+            self.copy_file(str(path), str(copy))
 
 
-setup(cmdclass={"build_py": BuildWithNotebooks})
+setup(cmdclass={"build_py": BuildWithCourse})

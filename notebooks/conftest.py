@@ -1,10 +1,11 @@
 """What `pytest --nbmake notebooks` asks of a notebook beside that its cells run: solvable exercises, drawn figures, no swallowed error.
 
 nbmake runs a copy, in a folder of its own that also gets what the notebook writes. In the copy each exercise is tried as it stands, which
-must fail, and then with its folded solution.
+must fail, and then with its folded solution. tests/test_exercises.py tries solutions that are wrong in one place.
 """
 
 import ast
+import itertools
 import os
 import re
 import tempfile
@@ -35,8 +36,13 @@ def pytest_runtest_call(item):
             raise NotebookFailedException(NotebookResult(executed, NotebookError(problem, f"{cell.source}\n\n{problem}", number)))
 
 
-def with_exercises_solved(cells: list) -> list:
-    """The cells, with two in the place of each exercise: one that fails if it passes as it stands, and one with its folded solution."""
+def unsolved(exercise: str, solution: str, check: str) -> str:
+    """A cell that fails if the exercise passes as it stands."""
+    return f"try:\n    exec({exercise!r})\nexcept Exception:\n    pass\nelse:\n    raise AssertionError('passes unsolved')"
+
+
+def with_exercises_solved(cells: list, trial=unsolved) -> list:
+    """The cells, with two in the place of each exercise: `trial(exercise, solution, check)`, and the folded solution with the check."""
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     solutions = re.findall(r"Solution</summary>\s*```python\n(.*?)```", text, re.S)
     exercises = [cell for cell in cells if "exercise" in cell.metadata.get("tags", [])]
@@ -46,11 +52,30 @@ def with_exercises_solved(cells: list) -> list:
         if cell not in exercises:
             result.append(cell)
             continue
-        _, check = cell.source.split("\n\n\n", 1)  # the open function, then what it is tried on
-        attempt = f"try:\n    exec({cell.source!r})\nexcept Exception:\n    pass\nelse:\n    raise AssertionError('passes unsolved')"
-        solution = solutions.pop(0) + "\n\n" + check
-        result += [nbformat.v4.new_code_cell(attempt), nbformat.v4.new_code_cell(solution)]
+        solution = solutions.pop(0)
+        check = check_of(cell.source, solution)
+        for source in (trial(cell.source, solution, check), f"{solution}\n\n{check}"):
+            result.append(nbformat.v4.new_code_cell(source))
     return result
+
+
+def check_of(exercise: str, solution: str) -> str:
+    """What follows the open functions and values, those that the solution defines."""
+    solved = {name for statement in ast.parse(solution).body for name in names_of(statement)}
+    opened = list(itertools.takewhile(lambda statement: solved.intersection(names_of(statement)), ast.parse(exercise).body))
+    assert opened, f"the exercise does not begin with what its solution defines:\n{exercise}"
+    return "\n".join(exercise.splitlines()[opened[-1].end_lineno :]).strip()
+
+
+def names_of(statement: ast.stmt) -> list[str]:
+    """What a statement defines: a function, a class, or values."""
+    match statement:
+        case ast.FunctionDef() | ast.ClassDef():
+            return [statement.name]
+        case ast.Assign() | ast.AnnAssign():
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+    return []
 
 
 def problem_of(cell) -> str | None:

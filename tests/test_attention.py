@@ -4,9 +4,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wejepa.analysis.attention import attention_rollout, prediction_errors, record_attention, token_colours
+from wejepa.analysis import attention
+from wejepa.analysis.attention import (
+    attention_rollout,
+    imagine,
+    mutual_matches,
+    nearest_tokens,
+    predict_hidden,
+    prediction_errors,
+    record_attention,
+    token_colours,
+    token_similarity,
+)
 from wejepa.config import IJepaConfig, MaskConfig, ModelConfig
 from wejepa.errors import ConfigError
+from wejepa.masking import Masks, sample_block_masks
 from wejepa.model import IJEPA_base
 
 GRID, N = (4, 4), 16
@@ -92,8 +104,6 @@ def test_prediction_errors_are_the_losses_patch_by_patch(model, images):
     """With one mask a draw, averaged by hand."""
     cfg = model.cfg.mask
     errors = prediction_errors(model, images, cfg, samples=3, generator=torch.Generator().manual_seed(2))
-    from wejepa.masking import sample_block_masks
-
     generator, found = torch.Generator().manual_seed(2), [[[] for _ in range(N)] for _ in images]
     for _ in range(3):
         masks = sample_block_masks(5, GRID, cfg, generator)
@@ -115,3 +125,79 @@ def test_prediction_errors_are_the_losses_patch_by_patch(model, images):
 
 def test_more_samples_reach_every_patch(model, images):
     assert prediction_errors(model, images, model.cfg.mask, samples=64, generator=torch.Generator().manual_seed(0)).isfinite().all()
+
+
+def test_similarity_forgets_what_all_tokens_share():
+    tokens, others = torch.randn(6, 8), torch.randn(9, 8)
+    found = token_similarity(tokens, others)
+    torch.testing.assert_close(found, token_similarity(tokens + 100, others + 100), atol=1e-3, rtol=1e-3)
+    mean = torch.cat([tokens, others]).mean(0)
+    torch.testing.assert_close(found[2, 3], F.cosine_similarity(tokens[2] - mean, others[3] - mean, dim=0))
+    torch.testing.assert_close(token_similarity(tokens, tokens).diagonal(), torch.ones(6))
+    with pytest.raises(ConfigError, match="same D"):
+        token_similarity(tokens, others[:, :7])
+
+
+def test_matches_are_mutual_and_the_best_comes_first():
+    similarity = torch.tensor([[0.5, 0.9, 0.1], [0.2, 0.8, 0.3], [0.7, 0.1, 0.0], [0.1, 0.2, 0.6]])
+    assert mutual_matches(similarity).tolist() == [[0, 1], [2, 0], [3, 2]]  # row 1 prefers column 1, which prefers row 0
+
+
+def test_what_is_hidden_is_predicted_as_in_the_loss(model, images):
+    context = torch.tensor([9, 0, 5])
+    places, predictions, targets, errors = predict_hidden(model, images[:1], context)
+    assert places.tolist() == [p for p in range(N) if p not in (0, 5, 9)]
+    with torch.no_grad():
+        expected = model(images[:1], Masks(context.sort().values[None], places[None, None]))
+    torch.testing.assert_close(predictions, expected[0][0, 0])
+    torch.testing.assert_close(targets, expected[1][0, 0])
+    torch.testing.assert_close(errors.mean(), F.smooth_l1_loss(*expected))
+    assert len(predict_hidden(model, images[:1], torch.tensor([], dtype=torch.long)).places) == N
+    for wrong in ([0, 0], [N], [-1], range(N)):
+        with pytest.raises(ConfigError, match="context"):
+            predict_hidden(model, images[:1], torch.tensor(list(wrong)))
+
+
+def test_nearest_tokens_are_nearest_however_few_fit_into_memory(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    queries, tokens = torch.randn(50, 6, generator=generator), 3 * torch.randn(200, 6, generator=generator)
+    nearest = torch.cdist(queries, tokens).argmin(1)
+    assert torch.equal(nearest_tokens(queries, tokens), nearest)
+    monkeypatch.setattr(attention, "AT_ONCE", 450)  # two queries at a time
+    assert torch.equal(nearest_tokens(queries, tokens), nearest)
+    monkeypatch.setattr(attention, "AT_ONCE", 1)
+    assert torch.equal(nearest_tokens(queries, tokens), nearest)
+
+
+def test_imagined_patches_are_those_of_the_nearest_tokens(model, images):
+    """Patch by patch, by hand, blocks that overlap included."""
+    gallery = torch.randn(7, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    masks = sample_block_masks(5, GRID, model.cfg.mask, torch.Generator().manual_seed(2))
+    imagined = imagine(model, images, masks, gallery, batch_size=3)
+    with torch.no_grad():
+        predictions, _ = model(images, masks)
+        tokens = F.layer_norm(model.encode(gallery), (16,)).flatten(0, 1)
+    pixels = [gallery[i, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4] for i in range(7) for r in range(4) for c in range(4)]
+    overlaps = 0
+    for b in range(5):
+        for place in range(N):
+            row, col = 4 * (place // 4), 4 * (place % 4)
+            found = imagined[b, :, row : row + 4, col : col + 4]
+            asked = [predictions[b, m, t] for m in range(4) for t in range(masks.targets.shape[2]) if masks.targets[b, m, t] == place]
+            overlaps += len(asked) > 1
+            if place in masks.context[b]:
+                assert torch.equal(found, images[b, :, row : row + 4, col : col + 4])
+            elif asked:
+                assert torch.equal(found, pixels[int(torch.cdist(torch.stack(asked).mean(0)[None], tokens).argmin())])
+            else:
+                assert found.isnan().all()
+    assert overlaps, "no two blocks overlap here"
+
+
+def test_what_is_in_the_gallery_is_found_there(model, images):
+    """A predictor that knows the answer gets the very patches."""
+    masks = sample_block_masks(5, GRID, model.cfg.mask, torch.Generator().manual_seed(2))
+    model.forward = lambda images, masks: 2 * (IJEPA_base.forward(model, images, masks)[1],)
+    imagined = imagine(model, images, masks, torch.cat([torch.randn(2, 1, 16, 16), images]))
+    known = imagined.isfinite()
+    assert torch.equal(imagined[known], images[known])

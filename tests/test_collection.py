@@ -558,22 +558,21 @@ def test_interrupted_at_the_shell(folder, model, tmp_path, capsys, monkeypatch):
     assert "the same command goes on" in capsys.readouterr().err
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-SECTION = README.partition("## A photo collection\n")[2].partition("\n## ")[0]
+PAGE = (Path(__file__).parent.parent / "website" / "howto" / "collection.md").read_text(encoding="utf-8")
 
 
-def test_readmes_lines_run_as_they_stand(folder, tmp_path, monkeypatch, capsys):
+def test_the_how_tos_lines_run_as_they_stand(folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     save_model("outputs/first/latest.pt", small_model(), source="a test")
     shutil.copy(folder / "05.jpg", "beach.jpg")
-    (block,) = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     names = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "collection.md", "exec"), names)
     assert names["hits"][0].name == "05.jpg" and len(names["hits"]) == 20 and (tmp_path / "found.png").is_file()
     assert sum(map(len, names["groups"])) == COUNT and len(names["parts"]) == len(names["odd"]) == 10
-    (shell,) = re.findall(r"\n\n```\n(.*?)```", SECTION, flags=re.DOTALL)
+    (shell,) = re.findall(r"\n\n```\n(.*?)```", PAGE, flags=re.DOTALL)
     assert shell.count("python -m wejepa.collection") == 4
     for line in shell.splitlines():
         assert main(shlex.split(line, comments=True)[3:]) == 0, line

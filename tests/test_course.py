@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import test_links
 
 from wejepa import course as written_course
 from wejepa.errors import DataError
@@ -120,18 +121,19 @@ def test_nbmake_asks_more_of_a_notebook_than_that_its_cells_run(tmp_path):
 # ---------------------------------------------------------------- python -m wejepa.course
 
 
-def test_the_notebooks_are_written_as_they_are(tmp_path, capsys):
-    assert written_course.main([str(tmp_path / "new" / "course")]) == 0
-    copies = sorted((tmp_path / "new" / "course").rglob("*"))[1:]
+def test_the_course_is_written_as_it_is_and_no_link_leads_nowhere(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "new" / "course"
+    assert written_course.main([str(folder)]) == 0
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     originals = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-    originals += sorted((ROOT / "notebooks").glob("schematic-*.svg"))
-    assert [path.relative_to(tmp_path / "new" / "course") for path in copies] == [Path("notebooks", path.name) for path in originals]
-    assert [path.read_bytes() for path in copies] == [path.read_bytes() for path in originals]
+    assert {f"notebooks/{path.name}" for path in originals} | {"README.md", "benchmarks/README.md"} < names
+    assert all((folder / name).read_bytes() == (ROOT / name).read_bytes() for name in names)
     told = capsys.readouterr().out.splitlines()
-    assert (
-        told[0].startswith(f"{sum(path.suffix == '.ipynb' for path in originals)} notebooks in {copies[0].parent};")
-        and str(copies[0].parent) in told[-1]
-    )
+    assert told[0].startswith(f"{len(originals)} notebooks in {folder / 'notebooks'};") and str(folder / "notebooks") in told[-1]
+    monkeypatch.setattr(test_links, "ROOT", folder)
+    pages = [folder / name for name in sorted(names) if name.endswith((".md", ".ipynb"))]
+    found = [test_links.problem(link, page) for page in pages for link in test_links.links(test_links.prose(page))]
+    assert len(pages) > 20 and len(found) > 50 and set(found) == {None}
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):
@@ -148,20 +150,21 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 def test_a_place_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file/notebooks cannot be written to .*: name another directory"):
+    with pytest.raises(DataError, match="file cannot be written to .*: name another directory"):
         written_course.write_course(tmp_path / "file")
 
 
-def test_an_installed_package_has_its_own_notebooks(tmp_path, monkeypatch):
+def test_an_installed_package_has_its_own_course(tmp_path, monkeypatch):
     """What lies beside it in site-packages is another's."""
     monkeypatch.setattr(written_course, "PACKAGE", tmp_path / "wejepa")
-    for folder in (tmp_path / "notebooks", tmp_path / "wejepa" / "notebooks"):
+    inside = tmp_path / "wejepa" / "course_files"
+    for folder in (tmp_path / "notebooks", inside / "notebooks"):
         folder.mkdir(parents=True)
         (folder / "00_one.ipynb").touch()
-        assert written_course.notebook_files() == [folder / "00_one.ipynb"]
-    shutil.rmtree(tmp_path)
+    assert written_course.course_files() == {"notebooks/00_one.ipynb": inside / "notebooks" / "00_one.ipynb"}
+    shutil.rmtree(inside)
     with pytest.raises(DataError, match="holds no notebooks: install wejepa anew"):
-        written_course.notebook_files()
+        written_course.course_files()
 
 
 def test_jupyterlab_is_asked_for_where_it_is_missing(tmp_path, monkeypatch, capsys):

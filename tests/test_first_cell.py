@@ -5,6 +5,7 @@ The packages are empty ones, in a folder that pip is told to take for its regist
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,7 +13,9 @@ import venv
 import zipfile
 from pathlib import Path
 
+import nbformat
 import pytest
+from test_links import links
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -55,14 +58,13 @@ def registry(tmp_path_factory):
         "onnxruntime",
         "onnxscript",
         "transformers",
-        "ipywidgets",
+        "anywidget",
         "matplotlib",
         "scikit-learn",
     )
     for name, versions in (torch | dict.fromkeys(others, ("99.0",))).items():
         for version in versions:
             write_wheel(folder, name, version, (f"torch=={torch['torch'][torch[name].index(version)]}",) if name == "torchvision" else ())
-    write_wheel(folder, "ipywidgets", "7.7.1")
     return folder
 
 
@@ -95,7 +97,7 @@ def test_a_torch_that_is_too_old_is_told_and_then_a_newer_one_stays(machine, reg
     told = "RuntimeError: wejepa cannot be installed beside torch==2.8.0, torchvision==0.23.0, numpy==2.0.2: choose a newer runtime"
     assert done.returncode == 1 and told in done.stderr and versions(machine) == before
 
-    before = given(machine, torch="2.9.0+here", torchvision="0.24.0+here", ipywidgets="7.7.1")
+    before = given(machine, torch="2.9.0+here", torchvision="0.24.0+here")
     done = machine("-c", f"{cell}\nimport wejepa, torch, onnx")
     assert done.returncode == 0, done.stderr
     after = versions(machine)
@@ -111,3 +113,42 @@ def test_the_cell_is_printed_and_fits_a_notebook():
     assert printed.endswith('install_what_is_missing("git+https://host/owner/repository")\n')
     assert max(map(len, printed.splitlines())) < 100
     assert subprocess.run(command, capture_output=True).returncode == 1
+
+
+def test_the_course_is_written_with_the_cell_before_every_notebook(tmp_path):
+    """It opens on its own, so its links lead to the branch."""
+    script, folder = load_script(), tmp_path / "launch"
+    written = script.write_launch("git+https://github.com/owner/repository@0123abc", folder)
+    assert [path.name for path in written] == [path.name for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))]
+    linked = set()
+    for path in written:
+        notebook, original = (nbformat.read(each, as_version=4) for each in (path, ROOT / "notebooks" / path.name))
+        nbformat.validate(notebook)
+        first, *rest = notebook.cells
+        assert first.cell_type == "code" and first.source.endswith(
+            'install_what_is_missing("git+https://github.com/owner/repository@0123abc")\n'
+        )
+        assert [cell for cell in rest if cell.cell_type == "code"] == [cell for cell in original.cells if cell.cell_type == "code"]
+        text = "\n".join(cell.source for cell in rest if cell.cell_type == "markdown")
+        assert links(text) == []
+        linked |= set(re.findall(r"https://github.com/owner/repository/(?:blob|raw)/launch/([^)#\"\s]+)", text))
+    assert "notebooks/01_patch_embedding.ipynb" in linked and "README.md" in linked
+    assert [name for name in linked if not (folder / name).is_file()] == []
+    assert (
+        (folder / "binder" / "requirements.txt")
+        .read_text()
+        .endswith("\nwejepa[notebooks] @ git+https://github.com/owner/repository@0123abc\n")
+    )
+
+
+def test_links_lead_to_the_branch():
+    def lead(text):
+        return load_script().leading_to("https://github.com/o/r", text)
+
+    assert lead("[a](01_a.ipynb), [b](../README.md#c)") == (
+        "[a](https://github.com/o/r/blob/launch/notebooks/01_a.ipynb), [b](https://github.com/o/r/blob/launch/README.md#c)"
+    )
+    assert lead('![](a.svg) <img src="../docs/b.png">') == (
+        '![](https://github.com/o/r/raw/launch/notebooks/a.svg) <img src="https://github.com/o/r/raw/launch/docs/b.png">'
+    )
+    assert lead("[x](https://x) [y](#y)") == "[x](https://x) [y](#y)"

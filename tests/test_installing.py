@@ -68,7 +68,7 @@ def test_readmes_plain_commands_do_what_make_does(made, target):
 
 def test_readme_names_every_way_and_each_leads_somewhere():
     assert set(plain_commands()) == set(COMMANDS)
-    assert re.findall(r"^make ([\w-]+)", BLOCKS[0], flags=re.MULTILINE) == ["tutorial", "lab", "test", "test-quick", "site"]
+    assert re.findall(r"^make ([\w-]+)", BLOCKS[0], flags=re.MULTILINE) == ["lab", "tutorial"]
     for system in ("Linux", "macOS", "Windows"):
         assert len(re.findall(rf"^.*venv.*# {system}", BLOCKS[1], flags=re.MULTILINE)) == 1
     for extra in re.findall(r"\.\[([\w,]+)\]", START):
@@ -106,10 +106,10 @@ def test_the_citation_is_of_this_version_and_names_the_paper():
 
 def test_workflows_say_that_they_were_not_run_and_take_the_oldest_torch():
     yaml = pytest.importorskip("yaml")
-    paths = {name: ROOT / ".github" / "workflows" / f"{name}.yml" for name in ("tests", "release")}
+    paths = {name: ROOT / ".github" / "workflows" / f"{name}.yml" for name in ("tests", "release", "site")}
     for path in paths.values():
         text = path.read_text()
-        assert text.startswith("# Not run where it was written")
+        assert "Not run where it was written" in text.splitlines()[0]
         for job in yaml.safe_load(text)["jobs"].values():
             for file in re.findall(r"\S+/\S+\.py|\.ci/run", " ".join(step.get("run", "") for step in job["steps"])):
                 assert (ROOT / file).is_file()

@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
+TEXTS += [path for folder in ("howto", "live") for path in sorted((ROOT / "website" / folder).glob("*.md"))]
+TEXTS += [ROOT / "website" / "glossary.md"]
 TEXTS += sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 

@@ -15,11 +15,24 @@ from pathlib import Path
 import pytest
 
 import wejepa
+from wejepa.course import course_files
 
 ROOT = Path(__file__).resolve().parent.parent
-COURSE = {p.name for pattern in ("[0-9]*.ipynb", "schematic-*.svg") for p in (ROOT / "notebooks").glob(pattern)}
+COURSE = set(course_files())
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-HEAVY = ("torch", "matplotlib", "sklearn", "IPython", "ipywidgets", "transformers", "safetensors", "datasets", "onnx", "onnxruntime")
+HEAVY = (
+    "torch",
+    "matplotlib",
+    "sklearn",
+    "IPython",
+    "anywidget",
+    "ipywidgets",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "onnx",
+    "onnxruntime",
+)
 
 
 def normal(name: str) -> str:
@@ -116,10 +129,10 @@ def built(tmp_path_factory):
         pytest.skip("needs setuptools: pip install '.[test]'")
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"  # a copy, so that neither an old build/ gets in nor a new one is left behind
-    for name in ("wejepa", "notebooks"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "wejepa", source / "wejepa", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", *COURSE):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
     make = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
     subprocess.run([sys.executable, "-c", make], cwd=source, check=True, capture_output=True)
     (sdist,) = folder.glob("*.tar.gz")
@@ -135,8 +148,7 @@ def built(tmp_path_factory):
 def test_wheel_holds_the_package_its_images_weights_and_notebooks(built):
     _, names = built
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "wejepa").rglob("*") if p.is_file() and p.suffix != ".pyc"}
-    notebooks = {f"wejepa/notebooks/{name}" for name in COURSE}
-    assert {n for n in names if n.startswith("wejepa/")} == package | notebooks
+    assert {n for n in names if n.startswith("wejepa/")} == package | {f"wejepa/course_files/{name}" for name in COURSE}
     assert {n.split("/")[0] for n in names} == {"wejepa", f"wejepa-{wejepa.__version__}.dist-info"}
     licences = {p.name for p in (ROOT / "wejepa" / "assets").glob("*_LICENSE")}
     assert licences == {"FASHION_MNIST_LICENSE", "NOTO_EMOJI_LICENSE", "TWEMOJI_LICENSE", "EMOJI_DATASOURCE_LICENSE"}
@@ -147,12 +159,12 @@ def test_wheel_holds_the_package_its_images_weights_and_notebooks(built):
 def test_sdist_holds_what_the_wheel_is_built_from(built):
     names, _ = built
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
-    assert {n for n in names if n.startswith("notebooks/")} == {f"notebooks/{name}" for name in COURSE}
+    assert names >= COURSE
 
 
 @pytest.mark.slow
 def test_a_wheel_without_notebooks_is_not_built(tmp_path):
-    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "wejepa" / "assets").mkdir(parents=True)
     (tmp_path / "wejepa" / "__init__.py").write_text('__version__ = "0"')

@@ -135,12 +135,12 @@ def test_loading_needs_no_training_code():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_readmes_lines_run(tmp_path, monkeypatch, capsys):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## A trained model that ships\n")[2].partition("\n## ")[0]
+def test_the_how_tos_lines_run(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "website" / "howto" / "weights.md").read_text(encoding="utf-8")
+    section = page.partition("## The model that ships\n")[2].partition("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     names = {"images": torch.zeros(2, 3, 32, 32)}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "weights.md", "exec"), names)
     assert names["features"].shape == (2, 64)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()

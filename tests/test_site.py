@@ -173,6 +173,25 @@ def test_schematic_has_every_part_and_highlights_one():
         assert (ROOT / "notebooks" / f"schematic-{number}.svg").read_text(encoding="utf-8") == schematic(*parts)
 
 
+@pytest.mark.parametrize("repository", ["", "owner/name"])
+def test_launch_links_are_there_where_the_repository_is_known(monkeypatch, repository):
+    pytest.importorskip("latex2mathml", reason="no latex2mathml: pip install -e '.[site]'")
+    monkeypatch.setenv("GITHUB_REPOSITORY", repository)
+    spec = importlib.util.spec_from_file_location("site_conf", ROOT / "website" / "conf.py")
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    context = {"body": "text"}
+    conf.launch_line(None, "notebooks/02_mask_sampling", "", context, None)
+    found = re.findall(r'href="([^"]+)"', context["body"])
+    file = "owner/name/blob/launch/notebooks/02_mask_sampling.ipynb"
+    expected = [
+        f"https://colab.research.google.com/github/{file}",
+        f"https://kaggle.com/kernels/welcome?src=https://github.com/{file}",
+        "https://mybinder.org/v2/gh/owner/name/launch?labpath=notebooks/02_mask_sampling.ipynb",
+    ]
+    assert found == (expected if repository else [])  # no link that leads nowhere
+
+
 class Page(HTMLParser):
     """The links of a page, and what can be linked to in it."""
 
@@ -200,7 +219,7 @@ def test_every_internal_link_resolves(site):
             if not found or (anchor and target in pages and unquote(anchor) not in pages[target].ids):
                 dead.append(f"{file.relative_to(site.resolve())}: {link}")
     assert len(pages) > 20 and dead == []
-    assert len(re.findall("<h2>", (site / "howto" / "failing.html").read_text(encoding="utf-8"))) == 6  # a drawing ends where it should
+    assert len(re.findall("<h2>", (site / "howto" / "failing.html").read_text(encoding="utf-8"))) == 7  # a drawing ends where it should
 
 
 def test_no_request_leaves_the_site_and_axe_finds_nothing_serious(site, browser, serve):

@@ -14,7 +14,7 @@ from test_own_parts import MeanPredictor, assert_same, own_model
 
 from wejepa.config import IJepaConfig, adapt_config_for_backbone, default_config
 from wejepa.errors import CheckpointError, ConfigError
-from wejepa.interop import from_meta, to_huggingface
+from wejepa.interop import to_huggingface
 from wejepa.model import IJEPA_base
 from wejepa.patches import resize_positions, sincos_positions
 from wejepa.presets import PRESETS
@@ -297,22 +297,10 @@ def test_the_command_line_begins_with_weights(cfg, tmp_path, capsys):
     assert load_checkpoint(tmp_path / "run" / "latest.pt")["config"]["model"]["start_from"] == str(tmp_path / "ours.pt")
 
 
-def test_readmes_lines_begin_with_metas_file(cfg, tmp_path, monkeypatch, capsys):
-    """As they stand there, but for a small file, noise for images and two epochs."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## Checkpoints from elsewhere\n")[2].partition("\n## ")[0]
-    (block,) = (each for each in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL) if "start_from" in each)
-    assert len([line for line in block.splitlines() if line.strip()]) <= 10
-    cfg.model.embed_dim, cfg.model.num_heads, cfg.model.pred_dim = 192, 3, 24  # of a published width, whose heads are known
-    model = model_of(cfg)
-    in_metas_layout(model, tmp_path / "IN1K-vit.h.14-300e.pth.tar")
-    monkeypatch.setattr("wejepa.config.hf224_config", cfg.copy)
-    monkeypatch.chdir(tmp_path)
-    names = {"from_meta": from_meta}
-    exec(compile(block, "README.md", "exec"), names)
-    assert "predictor as predictor" in capsys.readouterr().out and names["cfg"].model.blockwise_prediction
-    assert torch.equal(names["result"].model.teacher_encoder.pos_embed, model.teacher_encoder.pos_embed)
-    command = section.partition("```\npython -m wejepa.train.pretrain ")[2].partition("\n")[0]
+def test_the_how_tos_command_begins_with_metas_file(capsys):
+    """The same from Python is one of the eleven tasks, see test_readme.py."""
+    page = (Path(__file__).parent.parent / "website" / "howto" / "weights.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^python -m wejepa.train.pretrain (--preset .*)$", page, flags=re.MULTILINE)
     assert main([*command.split(), "--print-config"]) == 0
     printed = json.loads(capsys.readouterr().out)["model"]
     assert printed["start_from"] == "IN1K-vit.h.14-300e.pth.tar" and printed["positions"] == "sincos"

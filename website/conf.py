@@ -11,6 +11,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from first_cell import BRANCH  # noqa: E402
 from latex2mathml.converter import convert  # noqa: E402
 from make_live_data import write_live  # noqa: E402
 from make_schematic import schematic  # noqa: E402
@@ -86,12 +87,17 @@ def prepare(app) -> None:
 
 
 def fill_in(app, docname: str, source: list[str]) -> None:
-    """Drawings where a page asks for them: `<!-- schematic -->`, `<!-- schematic: teacher -->`, `<!-- loss curves -->`."""
+    """Drawings where a page asks for them, `<!-- schematic -->`, `<!-- schematic: teacher -->`, `<!-- loss curves -->`; links of the site.
+
+    On GitHub a page's links lead to files of the repository, here to pages of the site.
+    """
 
     def drawn(match: re.Match) -> str:
         picture = loss_curves() if match[1] == "loss curves" else schematic(*filter(None, [match[2]]))
         return f'```{{raw}} html\n<div class="wide" tabindex="0">{picture.strip()}</div>\n```'
 
+    if docname.startswith(("howto/", "live/")):
+        source[0] = source[0].replace("](../../benchmarks/README.md", "](../benchmarks.md").replace("](../../notebooks/", "](../notebooks/")
     source[0] = re.sub(r"<!-- (schematic|loss curves)(?:: ([a-z-]+))? -->", drawn, source[0])
 
 
@@ -113,13 +119,16 @@ def reachable(app, pagename: str, templatename: str, context: dict, doctree) -> 
 
 
 def launch_line(app, pagename: str, templatename: str, context: dict, doctree) -> None:
-    """Links that open a notebook elsewhere, where the site knows where its repository is."""
+    """Links that open a notebook elsewhere, with a first cell that installs what is missing, where the site knows its repository.
+
+    They lead to the branch `launch`, which the workflow that publishes the site writes with scripts/first_cell.py.
+    """
     if REPOSITORY and pagename.startswith("notebooks/") and "body" in context:
-        file = f"{REPOSITORY}/blob/main/{pagename}.ipynb"
+        file = f"{REPOSITORY}/blob/{BRANCH}/{pagename}.ipynb"
         links = {
             "Colab": f"https://colab.research.google.com/github/{file}",
             "Kaggle": f"https://kaggle.com/kernels/welcome?src=https://github.com/{file}",
-            "Binder": f"https://mybinder.org/v2/gh/{REPOSITORY}/main?labpath={pagename}.ipynb",
+            "Binder": f"https://mybinder.org/v2/gh/{REPOSITORY}/{BRANCH}?labpath={pagename}.ipynb",
         }
         line = " · ".join(f'<a href="{url}">{name}</a>' for name, url in links.items())
         context["body"] = f'<p class="launch">Run this notebook: {line}</p>' + context["body"]

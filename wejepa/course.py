@@ -1,4 +1,4 @@
-"""The course for people without git: the notebooks and their drawings, which the wheel carries, written into a folder.
+"""The course for people without git: the notebooks, and the pages that they link to, written into a folder.
 
     python -m wejepa.course DIRECTORY
 
@@ -15,44 +15,54 @@ from pathlib import Path
 from wejepa.errors import DataError, exit_code
 from wejepa.paths import path_of, print_line
 
-__all__ = ["main", "notebook_files", "write_course"]
+__all__ = ["course_files", "main", "write_course"]
 
 PACKAGE = Path(__file__).parent
 
 
-def notebook_files() -> list[Path]:
-    """The course's notebooks in their order: in the installed package, or beside it in a checkout.
+def course_files() -> dict[str, Path]:
+    """The course by its files' names below the repository, such as "notebooks/00_quick_tour.ipynb" and "README.md", in their order.
+
+    The installed package carries them; in a checkout they lie beside it, and MANIFEST.in lists them.
 
     Raises:
         DataError: they are in neither place.
     """
-    for folder in (PACKAGE / "notebooks", PACKAGE.parent / "notebooks"):
-        if found := sorted(folder.glob("[0-9][0-9]_*.ipynb")):
-            return found
-    raise DataError(f"{PACKAGE / 'notebooks'} holds no notebooks: install wejepa anew, from its wheel or its whole repository")
+    inside, beside = PACKAGE / "course_files", PACKAGE.parent
+    if inside.is_dir():
+        folder, found = inside, [path for path in inside.rglob("*") if path.is_file()]
+    elif (beside / "MANIFEST.in").is_file():
+        lines = [
+            line.split()[1:] for line in (beside / "MANIFEST.in").read_text(encoding="utf-8").splitlines() if line.startswith("include ")
+        ]
+        folder, found = beside, [path for patterns in lines for pattern in patterns for path in beside.glob(pattern)]
+    else:
+        folder, found = inside, []
+    files = {path.relative_to(folder).as_posix(): path for path in found}
+    if not any(name.endswith(".ipynb") for name in files):
+        raise DataError(f"{inside} holds no notebooks: install wejepa anew, from its wheel or its whole repository")
+    return dict(sorted(files.items()))
 
 
 def write_course(directory: str | Path) -> list[Path]:
-    """Copy the notebooks and their drawings to `directory`/notebooks, which is made; the paths of the notebooks' copies.
+    """Copy the course into `directory`, which is made; the paths of the notebooks' copies.
 
     Raises:
         DataError: a file of that name is there already, and then nothing is written; or the folder cannot be written to.
     """
-    folder = path_of(directory) / "notebooks"
-    notebooks = notebook_files()
-    drawings = sorted(notebooks[0].parent.glob("schematic-*.svg"))
-    copies = {folder / path.name: path for path in notebooks + drawings}
+    folder = path_of(directory)
+    copies = {folder / name: path for name, path in course_files().items()}
     for copy in copies:
         if copy.exists():
             raise DataError(f"{copy} is there already, and nothing is overwritten: name another directory, or move that one away")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for copy, path in copies.items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
             with open(copy, "xb") as file:
                 file.write(path.read_bytes())
     except OSError as error:
         raise DataError(f"{folder} cannot be written to ({error}): name another directory") from error
-    return [folder / path.name for path in notebooks]
+    return [copy for copy in copies if copy.suffix == ".ipynb"]
 
 
 def main(argv: list[str] | None = None) -> int:

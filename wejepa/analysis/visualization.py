@@ -38,6 +38,7 @@ __all__ = [
     "plot_maps",
     "plot_masks",
     "plot_patches",
+    "plot_queries",
     "plot_rows",
     "plot_similarity_maps",
     "plot_token_colours",
@@ -266,12 +267,15 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
 
 @figure
 def plot_comparison(
-    rows: Mapping[str, Mapping[str, float | Sequence[float]]], *, title: str = "Test accuracy under one protocol"
+    rows: Mapping[str, Mapping[str, float | Sequence[float]]],
+    whiskers: Mapping[str, Mapping[str, float]] | None = None,
+    *,
+    title: str = "Test accuracy under one protocol",
 ) -> Figure:
     """Bars for each row of a `Comparison`, one group for each way of reading the tokens.
 
     An accuracy, from 0 to 1, may be a sequence, one for each seed: the bar is their mean, and an error bar reaches one standard deviation
-    up and down.
+    up and down; or as far as `whiskers` says, from 0 to 1, for each row and group.
     """
     groups = [(key, name) for key, name in READINGS.items() if any(key in row for row in rows.values())]
     _check_count(rows, len(BAR_COLOURS), "encoders")
@@ -281,6 +285,8 @@ def plot_comparison(
         found = [(g, 100 * torch.as_tensor(row[key], dtype=torch.float64).flatten()) for g, (key, _) in enumerate(groups) if key in row]
         at = [g + (i - (len(rows) - 1) / 2) * width for g, _ in found]
         spread = [float(values.std()) if len(values) > 1 else 0.0 for _, values in found]
+        if whiskers is not None:
+            spread = [100 * whiskers[name][groups[g][0]] for g, _ in found]
         bars = ax.bar(at, [float(values.mean()) for _, values in found], width * 0.92, color=colour, label=name)
         if any(spread):
             ax.errorbar(at, [bar.get_height() for bar in bars], spread, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
@@ -391,6 +397,38 @@ def visualize_attention_scores(
         for ax in axes.flat:
             frame = Rectangle((col * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=TARGET, linewidth=1.6)
             ax.add_patch(frame)
+    fig.suptitle(title)
+    return fig
+
+
+@figure
+def plot_queries(
+    images: Tensor, maps: Mapping[str, Tensor], grid_size: tuple[int, int], queries: Sequence[int], *, title: str = ""
+) -> Figure:
+    """What one patch of each image attends to: the images (B, C, H, W), and below them rows of maps (B, N) by name, all on one scale.
+
+    Args:
+        images: one a column.
+        maps: for each row the attention of each image's query, which sums to 1; shown as multiples of an even share.
+        grid_size: patches down and across.
+        queries: for each image the patch that asks, framed.
+        title: above the figure.
+    """
+    fig, axes = _canvas(1 + len(maps), len(images), 1.2, beside=1.0)
+    high, wide = images.shape[-2] / grid_size[0], images.shape[-1] / grid_size[1]
+    corners = (-0.5, images.shape[-1] - 0.5, images.shape[-2] - 0.5, -0.5)
+    shares = {name: (values.float().cpu() * values.shape[-1]).view(-1, *grid_size) for name, values in maps.items()}
+    largest = float(torch.stack(list(shares.values())).quantile(0.99))  # a single bright patch would darken the rest
+    for column, query in enumerate(queries):
+        axes[0, column].imshow(to_picture(images[column]))
+        for ax, heat in zip(axes[1:, column], shares.values(), strict=True):
+            drawn = ax.imshow(heat[column], cmap="cividis", vmin=0, vmax=largest, extent=corners)
+        row, col = divmod(query, grid_size[1])
+        for ax in axes[:, column]:
+            ax.add_patch(Rectangle((col * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=TARGET, linewidth=1.6))
+    for ax, name in zip(axes[:, 0], ("image", *maps), strict=True):
+        ax.set_ylabel(name)
+    fig.colorbar(drawn, ax=list(axes[1:].flat), shrink=0.8, extend="max", label="attention (1 = even share)")
     fig.suptitle(title)
     return fig
 
