@@ -30,23 +30,23 @@ SETUP = """import torch
 import wejepa
 from wejepa.data import load_images
 from wejepa.model import IJEPA_base
-from wejepa.widgets import MaskExplorer, PatchExplorer, TokenExplorer
+from wejepa.widgets import MaskExplorer, MaskPainter, PatchExplorer, TokenExplorer
 
 model = wejepa.load_pretrained("fashion")
 cfg = model.cfg
 images = next(load_images(cfg, "test").batches(torch.arange(8), 8))
+stock = next(load_images(cfg, "train").batches(torch.arange(300), 300))
 encoders = {"trained": model, "untrained": IJEPA_base(cfg).eval()}"""
+TWO = "explorer = TokenExplorer(encoders, images)\nexplorer.mode, explorer.second = 'similarity', 1\nexplorer"
 # What is shown, and what is done to it: a patch clicked on, or a key pressed on a picture or a slider.
 CASES = {
     "PatchExplorer: a patch": ("PatchExplorer(images[0])", "click"),
     "PatchExplorer: the patch size": ("PatchExplorer(images[0])", "slider"),
     "MaskExplorer: a setting": ("MaskExplorer(cfg, images[1])", "slider"),
-    "TokenExplorer: attention, click": ("TokenExplorer(encoders, images)", "click"),
+    "MaskPainter: a patch": ("MaskPainter(model, images, stock)", "click"),
+    "TokenExplorer: attention, a patch": ("TokenExplorer(encoders, images)", "click"),
     "TokenExplorer: attention, arrow key": ("TokenExplorer(encoders, images)", "key"),
-    "TokenExplorer: similarity in two images": (
-        "explorer = TokenExplorer(encoders, images)\nexplorer.mode, explorer.second = 'similarity', 1\nexplorer",
-        "click",
-    ),
+    "TokenExplorer: similarity in two images": (TWO, "click"),
     "TokenExplorer: nearest patches": ("explorer = TokenExplorer(encoders, images)\nexplorer.mode = 'nearest'\nexplorer", "click"),
 }
 

@@ -28,10 +28,6 @@ SURVIVORS = {
     "00_quick_tour.hidden_too_late": {
         "return tokens.gather(1, context[..., None].expand(-1, -1, tokens.shape[1]))": "same: 64 tokens of width 64",
     },
-    "01_patch_embedding.raster": {
-        "angle = torch.arange(grid_size[1] * grid_size[1])[:, None] * omega": "weak: square grids only",
-        "angle = torch.arange(grid_size[0] * grid_size[0])[:, None] * omega": "weak: square grids only",
-    },
     "01_patch_embedding.forget_places": {
         "return positions.mean(1, keepdim=False).expand_as(positions)": "same: the one image's mean, broadcast",
     },

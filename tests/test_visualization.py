@@ -37,6 +37,9 @@ FIGURES = {
     "plot_history": lambda f: f([{"epoch": e, **LINE} for e in range(30)]),
     "plot_images": lambda f: f(random(12, 3, 32, 32), ["Ankle boot\n0.91"] * 12, columns=6, title="Title"),
     "plot_maps": lambda f: f({"one": random(8, 8), "other": random(8, 8), "third": random(8, 8)}, label="value", numbers=".1f", title="T"),
+    "plot_mask_steps": lambda f: f(
+        random(1, 32, 32), {f"{k} · a step\nof 64": (random(8, 8) > 0.5, [random(8, 8) > 0.9] * 4) for k in range(5)}
+    ),
     "plot_masks": lambda f: f(random(6, 1, 32, 32), sample_block_masks(6, GRID, MaskConfig()), GRID),
     "plot_patches": lambda f: f(random(3, 32, 32), 4, title="Title"),
     "plot_queries": lambda f: f(random(5, 3, 32, 32), {"trained": random(5, 64), "random": random(5, 64)}, GRID, [3, 9, 27, 40, 63]),

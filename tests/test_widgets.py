@@ -329,8 +329,9 @@ def test_errors_are_the_prediction_errors(models, images):
     explorer = TokenExplorer(models, images)
     explorer.mode, explorer.image = "error", 2
     generator = torch.Generator().manual_seed(2)
-    expected = prediction_errors(models["one"], images[2:3], models["one"].cfg.mask, samples=widgets.SAMPLES, generator=generator)[0]
+    expected = prediction_errors(models["one"], images[2:3], models["one"].cfg.mask, samples=32, generator=generator)[0]
     torch.testing.assert_close(explorer.values["one", 2], expected, equal_nan=True)
+    assert "averaged over 32 masks" in explorer.view["caption"]
 
 
 def test_the_nearest_patches_are_nearest(models, images):
@@ -392,9 +393,20 @@ def test_encoders_of_other_sizes_show_the_same_place(models, images):
     assert Image.open(io.BytesIO(explorer.pictures[4])).size == (64, 64)
 
 
+def test_pictures_are_shown_as_they_are_given(models, images):
+    pictures = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
+    explorer = TokenExplorer(models, images, pictures)
+    assert len(explorer.pictures) == 4 and [panel.picture for panel in explorer.panels] == [0, 0]
+    assert (np.asarray(Image.open(io.BytesIO(explorer.pictures[2]))) == pictures[2].permute(1, 2, 0).numpy()).all()
+    with pytest.raises(ConfigError, match="pictures"):
+        TokenExplorer(models, images, pictures[:3])
+
+
 def test_an_encoder_without_attention_says_so(models, images):
     explorer = TokenExplorer({"one": models["one"], "a function": models["other"].encode}, images)
-    assert [panel.note for panel in explorer.panels] == ["", "it has none"] and list(explorer.values) == [("one", 0)]
+    assert [panel.note for panel in explorer.panels] == ["layer 3, mean over heads", "it has no attention"] and list(explorer.values) == [
+        ("one", 0)
+    ]
 
 
 def test_what_is_not_there_is_refused(models, images):
@@ -407,6 +419,16 @@ def test_what_is_not_there_is_refused(models, images):
     for encoders, given in (({}, images), (models, {"one": images}), (models, images[:0]), (models, {"one": images, "other": images[:2]})):
         with pytest.raises(ConfigError):
             TokenExplorer(encoders, given)
+
+
+def test_the_browser_is_told_while_something_new_is_computed(models, images):
+    explorer, told = TokenExplorer(models, images), []
+    explorer.observe(lambda change: told.append((change.new, "predictor" in explorer.view["caption"])), names="busy")
+    explorer.mode = "error"
+    assert told == [(True, False), (False, True)]
+    told.clear()
+    explorer.patch = (0, 0)
+    assert told == []
 
 
 def test_an_image_is_encoded_once(models, images, monkeypatch):

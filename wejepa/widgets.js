@@ -445,6 +445,10 @@ async function render({ model, el }) {
   on("opacity", again);
   on("context", again);
   on("pinned", pins);
+  on("busy", () => {
+    root.classList.toggle("wejepa-busy", model.get("busy"));
+    root.setAttribute("aria-busy", model.get("busy"));
+  });
   pins();
   draw();
   el.replaceChildren(root);

@@ -52,7 +52,7 @@ TINT = [round(255 * part) for part in HIDDEN]
 HEAT = (np.array(colormaps["cividis"].colors) * 255).astype(np.uint8)  # (256, 3)
 RAMP = np.concatenate([HEAT, np.full((256, 1), 255, np.uint8)], axis=1).tobytes()
 MEMORY = 64 * 2**20  # bytes of tokens that are kept, and of attention maps as many
-SAMPLES = 32  # masks for each image of an error map
+ERRORS = 2048  # an error map of N patches is averaged over this many over N masks, so that large encoders do not take minutes
 MATCHES = 8  # patches that are shown as nearest, or as pairs
 
 Encoder = IJEPA_base | Callable[[Tensor], Tensor]
@@ -118,6 +118,7 @@ class Explorer(anywidget.AnyWidget):
     pictures = traitlets.List().tag(sync=True)
     view = traitlets.Dict().tag(sync=True)
     named = traitlets.Unicode().tag(sync=True)
+    busy = traitlets.Bool(False).tag(sync=True)  # something is computed for the first time, which may take seconds
     choices: tuple[str, ...] = ()  # the traits that a picture depends on
 
     def __init__(self, pictures: list[Image.Image], controls: list[dict[str, Any]], **values):
@@ -144,6 +145,8 @@ class Explorer(anywidget.AnyWidget):
         else:
             messages = [panel.message() for panel in self.panels]
             self.view = {"panels": messages, "caption": caption, "problem": "", "ramp": RAMP} | self._beside()
+        finally:
+            self.busy = False
 
     def _beside(self) -> dict[str, Any]:
         """What the browser needs beside the panels."""
@@ -244,12 +247,11 @@ class MaskExplorer(Explorer):
     settings = tuple(field for field in fields(MaskConfig) if field.name != "num_contexts")
     choices = (*(field.name for field in settings), "seed")
 
-    for _field in settings:
-        if isinstance(_field.default, tuple):
-            locals()[_field.name] = traitlets.Tuple(traitlets.Float(), traitlets.Float()).tag(sync=True)
-        else:
-            locals()[_field.name] = (traitlets.Int if isinstance(_field.default, int) else traitlets.Float)().tag(sync=True)
-    del _field
+    target_scale, target_aspect_ratio, context_scale, context_aspect_ratio = (
+        traitlets.Tuple(traitlets.Float(), traitlets.Float()).tag(sync=True) for _ in range(4)
+    )
+    num_target_blocks = traitlets.Int().tag(sync=True)
+    context_share = traitlets.Float().tag(sync=True)
     seed = traitlets.Int(0).tag(sync=True)
 
     def __init__(self, cfg: IJepaConfig, image: Tensor, draws: int = 3):
@@ -274,8 +276,10 @@ class MaskExplorer(Explorer):
                 row, col = target // cols, target % cols
                 corner, size = (int(row.min()), int(col.min())), (int(row.max() - row.min()) + 1, int(col.max() - col.min()) + 1)
                 frames.append((*corner, *size, PALETTE[(block + 1) % len(PALETTE)], 2 * block))
-            overlay = hidden(masks.context[k], self.grid_size)
-            panels.append(Panel(f"draw {k + 1}", 0, self.grid_size, overlay=overlay, whole=True, frames=frames))
+            overlay = tinted(masks.context[k], self.grid_size)
+            places = "; ".join(f"{down} x {across} at row {row}, column {col}" for row, col, down, across, *_ in frames)
+            label = f"draw {k + 1}: {masks.context.shape[1]} of {rows * cols} patches are seen, target blocks are {places}"
+            panels.append(Panel(f"draw {k + 1}", 0, self.grid_size, overlay=overlay, whole=True, frames=frames, label=label))
         (blocks, patches), n = masks.targets.shape[1:], rows * cols
         covered = sum(len(t.unique()) for t in masks.targets) / self.draws
         return panels, (
@@ -349,7 +353,7 @@ class MaskPainter(Explorer):
             self.hidden = None
             return [student], "The student sees everything, so nothing is left to predict: hide some patches."
         self.hidden = places, predictions, targets, errors = predict_hidden(self.model, self.images[self.image : self.image + 1], seen)
-        student.overlay = hidden(seen, self.grid_size)
+        student.overlay = tinted(seen, self.grid_size)
         wrong = torch.full((n,), torch.nan)
         wrong[places] = errors
         wrong = wrong.view(rows, cols)
@@ -388,6 +392,8 @@ class TokenExplorer(Explorer):
         encoders: by name, one or more: a model, of which the teacher is shown; or any function from images (B, C, H, W) to tokens
             (B, N, D) in raster order, of which everything is shown but attention and prediction error.
         images: (B, C, H, W), square or not; or such images for each encoder's name, of its own size and normalisation.
+        pictures: (B, C, H, W), bytes or floats from 0 to 1, of any size: the same images as they are to be shown. By default those that the
+            encoders get, stretched to their range, so that normalised colours come out a little wrong.
 
     Attributes:
         mode: "attention" of the patch, "similarity" of all tokens to the patch's, "components", "error", "nearest" patches to the patch, or
@@ -419,21 +425,21 @@ class TokenExplorer(Explorer):
     choices = ("mode", "image", "second", "patch", "asked", "layer", "head", "locked")
     two_images = ("similarity", "components", "error", "nearest", "pairs")
 
-    def __init__(self, encoders: Mapping[str, Encoder], images: Tensor | Mapping[str, Tensor]):
+    def __init__(self, encoders: Mapping[str, Encoder], images: Tensor | Mapping[str, Tensor], pictures: Tensor | None = None):
         if not encoders:
             raise ConfigError("encoders: give one or more by name")
         self.encoders = dict(encoders)
         self.images = dict(images) if isinstance(images, Mapping) else dict.fromkeys(encoders, images)
         counts = {len(self.images[name]) if name in self.images else 0 for name in encoders}
-        if len(counts) > 1 or counts == {0}:
-            raise ConfigError(f"images: give each of {', '.join(encoders)} the same images, one or more")
+        if len(counts) > 1 or counts == {0} or (pictures is not None and len(pictures) not in counts):
+            raise ConfigError(f"images: give each of {', '.join(encoders)} the same images, one or more, and as many pictures if any")
         self.count = counts.pop()
         self.grids = {name: self._grid(name) for name in encoders}
         self._kept = Kept(MEMORY)
         self._banks: dict[str, Tensor] = {}
         recorded = {name: self._attention(name, 0) for name, encoder in encoders.items() if attends(encoder)}
         self.depths = {name: (len(layers), layers[0].shape[1]) for name, layers in recorded.items()}
-        super().__init__(self._pictures(), self._controls(), **self._start(), named="Token explorer")
+        super().__init__(self._pictures(pictures), self._controls(), **self._start(), named="Token explorer")
 
     # ------------------------------------------------------------ what is offered
 
@@ -470,14 +476,18 @@ class TokenExplorer(Explorer):
         controls.append(slider("opacity", "opacity of the colours", low=0, high=1, step=0.05, percent=True) | coloured)
         return controls
 
-    def _pictures(self) -> list[Image.Image]:
+    def _pictures(self, given: Tensor | None) -> list[Image.Image]:
+        """All that can be shown; `_first_picture` has where an encoder's begin."""
+        if given is not None:
+            self._first_picture = dict.fromkeys(self.encoders, 0)
+            return [smaller(picture) for picture in as_pictures(given)]
         self._first_picture, pictures, known = {}, [], {}
-        for name, images in self.images.items():
-            if name in self.encoders and id(images) not in known:
+        for name in self.encoders:
+            images = self.images[name]
+            if id(images) not in known:
                 known[id(images)] = len(pictures)
                 pictures += [smaller(picture) for picture in as_pictures(images)]
-            if name in self.encoders:
-                self._first_picture[name] = known[id(images)]
+            self._first_picture[name] = known[id(images)]
         return pictures
 
     # ------------------------------------------------------------ what is known of an image
@@ -515,25 +525,40 @@ class TokenExplorer(Explorer):
         bank = self._bank(name)
         if number < len(bank):
             return bank[number]
-        return self._kept.get(("tokens", name, number), lambda: [self._encode(name, self.images[name][number : number + 1])[0]])[0]
+        return self._known(("tokens", name, number), lambda: [self._encode(name, self.images[name][number : number + 1])[0]])[0]
 
     def _attention(self, name: str, number: int) -> list[Tensor]:
         """The weights (1, heads, N, N) of each layer."""
         image = self.images[name][number : number + 1]
-        return self._kept.get(("attention", name, number), lambda: record_attention(self.encoders[name], image))
+        return self._known(("attention", name, number), lambda: record_attention(self.encoders[name], image))
 
     def _rollout(self, name: str, number: int) -> Tensor:
         recorded = self._attention(name, number)
-        return self._kept.get(("rollout", name, number), lambda: [attention_rollout(recorded)[0]])[0]
+        return self._known(("rollout", name, number), lambda: [attention_rollout(recorded)[0]])[0]
+
+    def _known(self, key: tuple, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What is kept, or is computed now while the browser says so."""
+        if key not in self._kept:
+            self.busy = True
+        return self._kept.get(key, compute)
+
+    def _most(self, name: str, weights: Tensor) -> float:
+        """What all but one in a hundred of an image's weights (N, N) stay below: the few would outshine all others."""
+        some = weights.flatten()[:: max(1, weights.numel() // 1_000_000)]
+        return float(self._known(("most", name, self.image, self.layer, self.head), lambda: [some.quantile(0.99)])[0])
+
+    def _masks(self, name: str) -> int:
+        """How many masks an error map is averaged over."""
+        return max(8, ERRORS // math.prod(self.grids[name]))
 
     def _errors(self, name: str, number: int) -> Tensor:
         model, image = self.encoders[name], self.images[name][number : number + 1]
 
         def compute() -> list[Tensor]:
             generator = torch.Generator().manual_seed(number)
-            return [prediction_errors(model, image, model.cfg.mask, samples=SAMPLES, generator=generator)[0]]
+            return [prediction_errors(model, image, model.cfg.mask, samples=self._masks(name), generator=generator)[0]]
 
-        return self._kept.get(("errors", name, number), compute)[0]
+        return self._known(("errors", name, number), compute)[0]
 
     # ------------------------------------------------------------ the panels
 
@@ -585,7 +610,9 @@ class TokenExplorer(Explorer):
         more.setdefault("frames", frames)
         return Panel(title, self._first_picture[name] + number, self.grids[name], label=label, acts="look", which=which, **more)
 
-    def _heat(self, maps: dict[tuple[str, int], Tensor], limits: dict[tuple[str, int], tuple[float, float]], say: Callable) -> list[Panel]:
+    def _heat(
+        self, maps: dict[tuple[str, int], Tensor], limits: dict[tuple[str, int], tuple[float, float]], say: Callable, without: str = ""
+    ) -> list[Panel]:
         """Panels of values (H, W) between limits; with a locked scale the widest of all."""
         if self.locked and limits:
             widest = min(low for low, _ in limits.values()), max(high for _, high in limits.values())
@@ -594,7 +621,7 @@ class TokenExplorer(Explorer):
         for name in self.encoders:
             for which, number in enumerate(self.shown):
                 if (name, number) not in maps:
-                    panels.append(self._panel(name, which, note="it has none"))
+                    panels.append(self._panel(name, which, note=without))
                     continue
                 values = maps[name, number]
                 low, high = limits[name, number] if self.locked else (float(values.nan_to_num(0).min()), float(values.nan_to_num(0).max()))
@@ -615,10 +642,12 @@ class TokenExplorer(Explorer):
             (rows, cols), (row, col) = self.grids[name], self.place(name)
             weights = weights * len(weights)  # 1 is an even share
             maps[name, self.image] = weights[row * cols + col].view(rows, cols)
-            limits[name, self.image] = 0.0, float(weights.flatten().quantile(0.99))  # a few would outshine all others
-        panels = self._heat(maps, limits, lambda value: f"{value:.1f}" if value == 0 or not self.locked else f"{value:.1f} or more")
+            limits[name, self.image] = 0.0, self._most(name, weights)
+        panels = self._heat(
+            maps, limits, lambda value: f"{value:.1f}" if value == 0 or not self.locked else f"{value:.1f} or more", "it has no attention"
+        )
         for panel, name in zip(panels, self.encoders, strict=True):
-            panel.title += f": {titles[name]}" if name in titles else ""
+            panel.note = titles.get(name, panel.note)
         own = " Its own patch outshines the others, because half of each layer passes a token on as it is." if self.layer == 0 else ""
         return (
             panels,
@@ -644,12 +673,20 @@ class TokenExplorer(Explorer):
         match = " In the other image, the most similar token is framed in green." if marks else ""
         return panels, f"How similar each token is to the framed one: cosine, after the mean of the tokens shown is taken out.{match}"
 
+    def _colours(self, name: str) -> Tensor:
+        """Colours (B, H, W, 3) of the images shown."""
+
+        def compute() -> list[Tensor]:
+            shown = torch.stack([self._tokens(name, number) for number in self.shown])
+            others = self._bank(name) if self.locked else shown[:0]
+            return [token_colours(torch.cat([shown, others]), self.grids[name])[: len(shown)].clone()]
+
+        return self._known(("colours", name, *self.shown, self.locked), compute)[0]
+
     def _components_panels(self) -> tuple[list[Panel], str]:
         panels = []
         for name in self.encoders:
-            shown = torch.stack([self._tokens(name, number) for number in self.shown])
-            others = self._bank(name) if self.locked else shown[:0]
-            colours = token_colours(torch.cat([shown, others]), self.grids[name])  # (B, H, W, 3)
+            colours = self._colours(name)
             panels += [self._panel(name, which, overlay=coloured(colours[which])) for which in range(len(self.shown))]
         over = "all images" if self.locked else "the images shown"
         return panels, f"The tokens' first three principal components over {over}, as red, green and blue. Like colours are like tokens."
@@ -658,12 +695,13 @@ class TokenExplorer(Explorer):
         models = [name for name, encoder in self.encoders.items() if isinstance(encoder, IJEPA_base)]
         maps = {(name, number): self._errors(name, number) for name in models for number in self.shown}
         limits = {key: (0.0, float(values.nan_to_num(0).max())) for key, values in maps.items()}
-        panels, said = self._heat(maps, limits, lambda value: f"{value:.2f}"), []
+        panels, said = self._heat(maps, limits, lambda value: f"{value:.2f}", "it has no predictor"), []
+        masks = " or ".join(map(str, sorted({self._masks(name) for name in models})))
         for name in models:
             values, (row, col) = maps[name, self.shown[self._query_image]], self.place(name)
             said.append(f"{name} {float(values[row, col]):.2f} (mean of the image {float(values.nanmean()):.2f})")
         return panels, (
-            f"How far the predictor is from each patch's target: smooth-L1, averaged over {SAMPLES} masks. "
+            f"How far the predictor is from each patch's target: smooth-L1, averaged over {masks} masks. "
             f"The framed patch: {'; '.join(said)}."
         )
 
@@ -728,6 +766,9 @@ class Kept:
     def __init__(self, most: int):
         self.most, self._kept = most, OrderedDict()
 
+    def __contains__(self, key) -> bool:
+        return key in self._kept
+
     def get(self, key, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What is kept under a key, or is now computed."""
         if key not in self._kept:
@@ -783,9 +824,11 @@ def mask_slider(field, value) -> dict[str, Any]:
 
 
 def as_pictures(images: Tensor, like: Tensor | None = None) -> list[Image.Image]:
-    """Images (B, C, H, W) as pictures, from black to white over the range of all of them, or of others."""
+    """Images (B, C, H, W) as pictures: bytes and floats from 0 to 1 as they are, others stretched to the range of all, or of `like`."""
     low, high = (images if like is None else like).aminmax()
-    return [Image.fromarray((to_picture((x - low) / (high - low).clamp(min=1e-6)) * 255).byte().numpy()) for x in images]
+    if images.is_floating_point() and not 0 <= low <= high <= 1:
+        images = (images - low) / (high - low).clamp(min=1e-6)
+    return [Image.fromarray((to_picture(image) * 255).round().byte().numpy()) for image in images]
 
 
 def smaller(picture: Image.Image) -> Image.Image:
@@ -817,7 +860,7 @@ def heat(values: Tensor) -> np.ndarray:
     return np.concatenate([rgb, (known * 255).astype(np.uint8)[..., None]], axis=2)
 
 
-def hidden(context: Tensor, grid_size: tuple[int, int]) -> np.ndarray:
+def tinted(context: Tensor, grid_size: tuple[int, int]) -> np.ndarray:
     """A tint over all patches but the context's (K,), as bytes (H, W, 4)."""
     alpha = np.full(grid_size[0] * grid_size[1], 217, np.uint8)
     alpha[context.numpy()] = 0
@@ -870,7 +913,10 @@ def font(size: int):
 
 def titled(title: str, picture: Image.Image) -> Image.Image:
     canvas = Image.new("RGB", (picture.width, picture.height + 24), "white")
-    ImageDraw.Draw(canvas).text((0, 3), title, "black", font(15))
+    draw, size = ImageDraw.Draw(canvas), 15
+    while draw.textlength(title, font(size)) > picture.width and size > 10:
+        size -= 1
+    draw.text((0, 3), title, "black", font(size))
     canvas.paste(picture, (0, 24))
     return canvas
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,8 +20,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from wejepa.analysis.features import READINGS
-from wejepa.masking import Masks
+if TYPE_CHECKING:
+    from wejepa.masking import Masks
 
 __all__ = [
     "hide",
@@ -36,6 +36,7 @@ __all__ = [
     "plot_history",
     "plot_images",
     "plot_maps",
+    "plot_mask_steps",
     "plot_masks",
     "plot_patches",
     "plot_queries",
@@ -222,6 +223,27 @@ def plot_masks(images: Tensor, masks: Masks, grid_size: tuple[int, int], *, titl
 
 
 @figure
+def plot_mask_steps(image: Tensor, steps: Mapping[str, tuple[Tensor, Sequence[Tensor]]], *, title: str = "A mask, step by step") -> Figure:
+    """An image (C, H, W) at each step, under the step's name: which patches are left, (rows, columns) of booleans, and the blocks to
+    frame, each (rows, columns) of booleans as well. Patches that are not left get the tint HIDDEN.
+    """
+    fig, axes = _canvas(1, len(steps), 1.5, above=0.75)
+    for ax, (name, (left, blocks)) in zip(axes[0], steps.items(), strict=True):
+        grid_size, keep = left.shape, left.flatten().nonzero()[None, :, 0]
+        high, wide = image.shape[-2] / grid_size[0], image.shape[-1] / grid_size[1]
+        ax.imshow(to_picture(hide(image[None], keep, grid_size)[0]))
+        for k, block in enumerate(blocks):
+            row, col = block.nonzero().unbind(1)
+            corner = (int(col.min()) * wide - 0.5, int(row.min()) * high - 0.5)
+            size = (int(col.max() - col.min() + 1) * wide, int(row.max() - row.min() + 1) * high)
+            colour = PALETTE[(k + 1) % len(PALETTE)]
+            ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.8))
+        ax.set_title(name)
+    fig.suptitle(title)
+    return fig
+
+
+@figure
 def plot_history(history: list[dict[str, Any]], *, title: str = "Pretraining") -> Figure:
     """Loss, teacher variance, RankMe and nearest-neighbour accuracy over the epochs of a run's history."""
     panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
@@ -277,6 +299,8 @@ def plot_comparison(
     An accuracy, from 0 to 1, may be a sequence, one for each seed: the bar is their mean, and an error bar reaches one standard deviation
     up and down; or as far as `whiskers` says, from 0 to 1, for each row and group.
     """
+    from wejepa.analysis.features import READINGS  # here, since no other figure needs a model
+
     groups = [(key, name) for key, name in READINGS.items() if any(key in row for row in rows.values())]
     _check_count(rows, len(BAR_COLOURS), "encoders")
     fig, ax = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
