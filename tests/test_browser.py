@@ -36,6 +36,10 @@ def lab(tmp_path_factory):
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, folder / path.name)
+    broken = "import torch\nfrom wejepa.widgets import PatchExplorer\nexplorer = PatchExplorer(torch.rand(3, 16, 16))\n"
+    broken += "explorer._draw = lambda: 1 / 0\nexplorer"
+    notebook.cells = [nbformat.v4.new_code_cell(broken)]
+    nbformat.write(notebook, folder / "broken.ipynb")
     with jupyterlab(folder) as address, browser_page(chromium) as page:
         page.failures = []  # of the browser's side; the kernel's are shown by the explorer itself
         page.on("pageerror", lambda error: page.failures.append(str(error)))
@@ -70,9 +74,47 @@ def test_explorers_follow_mouse_and_keys(notebook):
     found = [page.locator(".wejepa").nth(k).get_attribute("aria-label") for k in range(page.locator(".wejepa").count())]
     assert found, "the notebook shows no explorer"
     for k, name in enumerate(found):
+        try_tab(page, explorer(page, k))
         names[name](page, explorer(page, k))
     expected = {"01": {"Patch explorer"}, "02": {"Mask explorer", "Mask painter"}}
     assert set(found) == expected.get(number, {"Token explorer"})
+
+
+def test_an_exception_in_the_kernel_is_shown(lab):
+    address, page = lab
+    open_and_run(page, address, "broken.ipynb")
+    root = explorer(page)
+    stage(root).click()
+    root.locator(".wejepa-problem:visible").wait_for()
+    assert root.locator(".wejepa-problem").inner_text() == "ZeroDivisionError: division by zero"
+
+
+FOCUS = """() => {
+    const node = document.activeElement, root = node.closest('.wejepa');
+    const shown = node.matches('input[type=radio]') ? node.nextElementSibling : node;
+    const name = node.getAttribute('aria-label') || node.innerText || [...(node.labels || [])].map(l => l.innerText).join();
+    return { inside: Boolean(root), name, outline: parseFloat(getComputedStyle(shown).outlineWidth), top: shown.getBoundingClientRect().top,
+             drawn: getComputedStyle(shown).outlineStyle, stage: node.matches('.wejepa-stage') };
+}"""
+
+
+def try_tab(page, root):
+    """Tab goes through all that can be chosen and then to the pictures; what has the focus is seen to have it, and has a name."""
+    root.locator("input:not([type=radio]), input:checked, button, select, .wejepa-stage[tabindex]").locator("visible=true").first.focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Shift+Tab")  # back to the first, by key: a browser shows the focus of those who use keys
+    stops = []
+    for _ in range(40):
+        stop = page.evaluate(FOCUS)
+        if not stop["inside"] or stop in stops:
+            break
+        stops.append(stop)
+        page.keyboard.press("Tab")
+    assert len(stops) >= 2
+    for stop in stops:
+        assert stop["name"].strip() and stop["drawn"] != "none" and stop["outline"] >= 2, stop
+    kinds = [stop["stage"] for stop in stops]
+    assert kinds == sorted(kinds), "pictures come after what is chosen"
 
 
 def try_patches(page, root):

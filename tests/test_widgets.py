@@ -1,6 +1,7 @@
 """The explorers redraw when something is chosen, show what wejepa.analysis gives, say why they cannot, and leave nothing behind."""
 
 import gc
+import inspect
 import io
 import re
 from dataclasses import fields
@@ -94,6 +95,12 @@ def test_the_browsers_file_loads_nothing_from_elsewhere():
     folder = Path(widgets.__file__).parent
     text = (folder / "widgets.js").read_text() + (folder / "widgets.css").read_text()
     assert not re.search(r"https?:|\bimport\b|fetch\(|url\(|XMLHttpRequest|WebSocket", text)
+
+
+def test_help_shows_what_an_explorer_takes(explorers):
+    for explorer in explorers:
+        taken = list(inspect.signature(type(explorer)).parameters)
+        assert taken and not {"args", "kwargs", "self"} & set(taken)
 
 
 def test_choices_that_come_together_are_drawn_once(models, images, monkeypatch):

@@ -11,6 +11,7 @@ side, `widgets.js`, draws it and loads nothing from elsewhere.
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 from collections import OrderedDict
@@ -120,6 +121,11 @@ class Explorer(anywidget.AnyWidget):
     named = traitlets.Unicode().tag(sync=True)
     busy = traitlets.Bool(False).tag(sync=True)  # something is computed for the first time, which may take seconds
     choices: tuple[str, ...] = ()  # the traits that a picture depends on
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        taken = inspect.signature(cls.__init__)  # traitlets would have help and documentation show (*args, **kwargs)
+        cls.__signature__ = taken.replace(parameters=list(taken.parameters.values())[1:])
 
     def __init__(self, pictures: list[Image.Image], controls: list[dict[str, Any]], **values):
         self._shown, self._drawn, self.panels = pictures, None, []
@@ -239,8 +245,7 @@ class MaskExplorer(Explorer):
         draws: masks shown side by side.
 
     Attributes:
-        seed: which draw.
-        mask_config: the settings of the moment. Each is a trait by its own name.
+        seed: which draw. The settings are traits by their own names, as in `MaskConfig`.
     """
 
     # Contexts beside one another are draws.
@@ -613,7 +618,7 @@ class TokenExplorer(Explorer):
     def _heat(
         self, maps: dict[tuple[str, int], Tensor], limits: dict[tuple[str, int], tuple[float, float]], say: Callable, without: str = ""
     ) -> list[Panel]:
-        """Panels of values (H, W) between limits; with a locked scale the widest of all."""
+        """Panels of values (H, W) between limits, with a locked scale the widest of all; `without` is said where there are none."""
         if self.locked and limits:
             widest = min(low for low, _ in limits.values()), max(high for _, high in limits.values())
             limits = dict.fromkeys(limits, widest)
