@@ -1,6 +1,6 @@
 """Make the trainings that notebook 08 shows as recorded, by the notebook itself.
 
-    python scripts/record_own_images.py 0 1 2    # seeds; about a quarter of an hour each on two cores
+    python scripts/record_own_images.py 0    # seeds; some 20 minutes of one core each
 
 Writes wejepa/assets/own_images.json and prints its SHA-256 for wejepa/data/embedded.py. What is in outputs/own_images/trained_SEED.json
 already is not made again.
@@ -35,10 +35,10 @@ def main(seeds: list[int]) -> None:
             )
             (notebook.parent / folder / result.name).rename(result)
         results.append(json.loads(result.read_text()))
-    made = f"seeds {', '.join(map(str, seeds))}, by scripts/record_own_images.py, PyTorch {torch.__version__.partition('+')[0]}, CPU"
+    made = f"seed {', '.join(map(str, seeds))}, by scripts/record_own_images.py, PyTorch {torch.__version__.partition('+')[0]}, CPU"
     FILE.write_text(json.dumps({"made": made, "seeds": results}, separators=(",", ":")) + "\n")
     print(f"{FILE.name}: {FILE.stat().st_size:,} bytes, SHA-256 {hashlib.sha256(FILE.read_bytes()).hexdigest()}")
 
 
 if __name__ == "__main__":
-    main([int(text) for text in sys.argv[1:]] or [0, 1, 2])
+    main([int(text) for text in sys.argv[1:]] or [0])
