@@ -148,8 +148,11 @@ def try_painting(page, root):
     page.mouse.move(*place_of(stage(root), grid, (2, 4)))
     page.mouse.up()
     page.wait_for_function("root => root.innerText.includes('sees 4 of 64')", arg=root.element_handle())
+    drawn = int(root.get_attribute("data-drawn"))
     changes(page, root, lambda: page.mouse.click(*place_of(stage(root), grid, (2, 2))))
     assert shown().startswith("The student sees 3 of 64")
+    page.wait_for_timeout(300)
+    assert int(root.get_attribute("data-drawn")) == drawn + 1, "the kernel answered one click twice"
     # By keyboard: from the button to the picture by Tab, then one patch, then one more beside it.
     root.get_by_role("button", name="hide all").focus()
     with redrawn(page, root):

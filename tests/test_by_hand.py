@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILT = {"01_patch_embedding": "wejepa.patches", "02_mask_sampling": "wejepa.masking"}
+BUILT = {"01_patch_embedding": "wejepa.patches", "02_mask_sampling": "wejepa.masking", "03_pretraining": "wejepa.model"}
 BLOCK = """
 import sys
 

@@ -31,10 +31,6 @@ SURVIVORS = {
     "01_patch_embedding.forget_places": {
         "return positions.mean(1, keepdim=False).expand_as(positions)": "same: the one image's mean, broadcast",
     },
-    "03_pretraining.variance_between_images": {
-        "return F.layer_norm(tokens, tokens.shape[1:]).var(0).mean().item()": "weak: these tokens come normalised",
-        "return F.layer_norm(tokens, tokens.shape[-0:]).var(0).mean().item()": "weak: these tokens come normalised",
-    },
     "04_linear_probing.nearest_centroid": {
         "mean, std = (train_x.sum(0), train_x.std(0) + 1e-06)": "same: no shift changes a distance",
         "mean, std = (train_x.mean(0), train_x.std(0) - 1e-06)": "same: the deviations are far from 0",

@@ -190,6 +190,15 @@ def test_patches_that_do_not_divide_are_refused(images):
         PatchExplorer(images[0], patch_sizes=(4, 5))
 
 
+def test_what_cannot_even_begin_is_an_error(cfg, images):
+    wrong = cfg.copy()
+    wrong.mask.context_share = 0.99
+    with pytest.raises(ConfigError, match="mask.target_scale"):
+        MaskExplorer(wrong, images[0])
+    with pytest.raises(ConfigError, match="no patch size"):
+        PatchExplorer(torch.rand(3, 127, 127))
+
+
 def test_the_line_counts_tokens_and_numbers_the_patch(images):
     explorer = PatchExplorer(images[0])
     explorer.size, explorer.patch = explorer.patch_sizes.index(8), (2, 1)
@@ -418,7 +427,7 @@ def test_an_encoder_without_attention_says_so(models, images):
 
 def test_what_is_not_there_is_refused(models, images):
     explorer = TokenExplorer(models, images)
-    for name, value in (("patch", (8, 0)), ("image", 4), ("mode", "dreams"), ("second", 4)):
+    for name, value in (("patch", (8, 0)), ("image", 4), ("mode", "dreams"), ("second", 4), ("layer", -1), ("head", -1)):
         before = getattr(explorer, name)
         setattr(explorer, name, value)
         assert explorer.view["problem"].startswith("Not possible"), name
@@ -446,6 +455,16 @@ def test_an_image_is_encoded_once(models, images, monkeypatch):
     assert not calls
     explorer.image, explorer.patch = 1, (0, 0)
     assert len(calls) == len(models)
+
+
+def test_images_that_nobody_asks_for_are_not_encoded(models, images):
+    encoded = []
+    explorer = TokenExplorer({"one": lambda x: encoded.append(len(x)) or models["one"].encode(x)}, images)
+    explorer.image = 2
+    explorer.mode, explorer.second = "similarity", 3
+    assert sum(encoded) <= 4  # for the grid, and three shown
+    explorer.second, explorer.mode = -1, "nearest"
+    assert sum(encoded) >= 4  # now all
 
 
 def test_memory_is_bounded(models, images, monkeypatch):

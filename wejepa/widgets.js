@@ -4,7 +4,6 @@
 // Every choice sends one message, and every answer is one new `view`.
 
 const WIDTH = 288; // of a panel, in CSS pixels
-const OUTLINE = "rgba(255, 255, 255, 0.95)";
 
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -27,7 +26,7 @@ const unique = () => `wejepa-${Math.random().toString(36).slice(2)}`;
 
 // Each gives the node to show, and `follow`, which takes over the model's value.
 const CONTROLS = {
-  choice(spec, value, choose) {
+  choice(spec, choose) {
     const select = make("select", { id: spec.id, "aria-describedby": spec.help && `${spec.id}-help` });
     spec.options.forEach(([, label]) => select.append(make("option", {}, label)));
     select.addEventListener("change", () => choose(spec.options[select.selectedIndex][0]));
@@ -35,7 +34,7 @@ const CONTROLS = {
     return { node: labelled(spec, select), follow };
   },
 
-  tabs(spec, value, choose) {
+  tabs(spec, choose) {
     const inputs = spec.options.map(([option, label]) => {
       const input = make("input", { type: "radio", name: spec.id, onchange: () => choose(option) });
       return [option, input, make("label", {}, input, make("span", {}, label))];
@@ -44,7 +43,7 @@ const CONTROLS = {
     return { node: box, follow: (value) => inputs.forEach(([option, input]) => { input.checked = option === value; }) };
   },
 
-  number(spec, value, choose) {
+  number(spec, choose) {
     const shown = make("output", { for: spec.id });
     const input = make("input", {
       type: "range", id: spec.id, min: spec.min, max: spec.max, step: spec.step, "aria-describedby": spec.help && `${spec.id}-help`,
@@ -57,7 +56,7 @@ const CONTROLS = {
     return { node: labelled(spec, input, shown), follow: (value) => { input.value = value; say(value); } };
   },
 
-  pair(spec, value, choose) { // a range, by its two ends
+  pair(spec, choose) { // a range, by its two ends
     const shown = make("output", {});
     const ends = ["smallest", "largest"].map((name, k) => make("input", {
       type: "range", min: spec.min, max: spec.max, step: spec.step, "aria-label": `${spec.label}, ${name}`,
@@ -76,13 +75,13 @@ const CONTROLS = {
     return { node: labelled(spec, make("div", { class: "wejepa-pair" }, ...ends), shown), follow };
   },
 
-  toggle(spec, value, choose) {
+  toggle(spec, choose) {
     const input = make("input", { type: "checkbox", id: spec.id, onchange: () => choose(input.checked) });
     const node = make("div", { class: "wejepa-control" }, make("label", { class: "wejepa-toggle" }, input, spec.label), ...helped(spec));
     return { node, follow: (value) => { input.checked = value; } };
   },
 
-  thumbnails(spec, value, choose, urls) {
+  thumbnails(spec, choose, urls) {
     const inputs = spec.options.map(([option, label, picture]) => {
       const input = make("input", { type: "radio", name: spec.id, "aria-label": label, onchange: () => choose(option) });
       const face = picture === null ? make("span", {}, label) : make("img", { src: urls[picture], alt: "", draggable: "false" });
@@ -92,7 +91,7 @@ const CONTROLS = {
     return { node: box, follow: (value) => inputs.forEach(([option, input]) => { input.checked = option === value; }) };
   },
 
-  buttons(spec, value, choose, urls, model) { // each sets a trait to what it stands for; null counts it up
+  buttons(spec, choose, urls, model) { // each sets a trait to what it stands for; null counts it up
     const box = make("div", { class: "wejepa-buttons", role: "group", "aria-label": spec.label });
     spec.options.forEach(([name, option, label]) => {
       const press = () => { model.set(name, option ?? model.get(name) + 1); model.save_changes(); };
@@ -226,7 +225,7 @@ class Panel {
       pen.strokeStyle = "rgba(0, 0, 0, 0.7)";
       pen.strokeRect(...edge);
       pen.lineWidth = 1.5 * dense;
-      pen.strokeStyle = OUTLINE;
+      pen.strokeStyle = "rgba(255, 255, 255, 0.95)";
       pen.strokeRect(...edge);
     }
   }
@@ -377,7 +376,7 @@ async function render({ model, el }) {
   const controls = model.get("controls").map((given) => {
     const spec = { ...given, id: unique() };
     const choose = (value) => send({ [spec.name]: value });
-    const control = CONTROLS[spec.kind](spec, model.get(spec.name), choose, urls, model);
+    const control = CONTROLS[spec.kind](spec, choose, urls, model);
     control.spec = spec;
     control.follow(model.get(spec.name));
     on(spec.name, () => control.follow(model.get(spec.name)));

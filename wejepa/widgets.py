@@ -143,10 +143,13 @@ class Explorer(anywidget.AnyWidget):
         self._drawn = chosen
         try:
             self.panels, caption = self._draw()
-        except ConfigError as error:  # a choice that cannot be: the last good picture stays
+        except ConfigError as error:
+            if not self.panels:  # it could not even begin
+                raise
+            # A choice that cannot be: the last good picture stays.
             self.view = self.view | {"problem": f"Not possible: {error}"}
         except Exception as error:  # a front end keeps exceptions in its log, so the reader is told here as well
-            self.view = {"panels": [], "caption": "", "ramp": RAMP} | self.view | {"problem": f"{type(error).__name__}: {error}"}
+            self.view = self.view | {"problem": f"{type(error).__name__}: {error}"}
             raise
         else:
             messages = [panel.message() for panel in self.panels]
@@ -183,7 +186,7 @@ class PatchExplorer(Explorer):
         patch: row and column of the patch shown.
 
     Raises:
-        ConfigError: a size does not divide the image.
+        ConfigError: a size does not divide the image, or there is none.
     """
 
     size = traitlets.Int().tag(sync=True)
@@ -197,6 +200,8 @@ class PatchExplorer(Explorer):
         high, wide = image.shape[-2:]
         divides = (p for p in range(1, min(high, wide) // 2 + 1) if high % p == 0 and wide % p == 0 and max(high, wide) // p <= 64)
         self.patch_sizes = tuple(patch_sizes or divides)
+        if not self.patch_sizes:
+            raise ConfigError(f"image: no patch size leaves {high} x {wide} a grid of at most 64 x 64: crop it, or give patch_sizes")
         for size in self.patch_sizes:
             if high % size or wide % size:
                 raise ConfigError(f"patch_sizes: {size} does not divide an image of {high} x {wide}: leave it out")
@@ -215,7 +220,7 @@ class PatchExplorer(Explorer):
 
     def _draw(self) -> tuple[list[Panel], str]:
         size, (rows, cols) = self.patch_sizes[self.size], self.grid_size
-        row, col = min(self.patch[0], rows - 1), min(self.patch[1], cols - 1)  # of the last grid, which may have been finer
+        row, col = (min(max(0, at), end - 1) for at, end in zip(self.patch, (rows, cols), strict=True))  # the last grid may have been finer
         low, high = self.image.min(), self.image.max()
         means = torch.nn.functional.avg_pool2d((self.image[None] - low) / (high - low).clamp(min=1e-6), size)[0]
         tokens, numbers = rows * cols, self.image.shape[0] * size * size
@@ -520,6 +525,7 @@ class TokenExplorer(Explorer):
     def _bank(self, name: str) -> Tensor:
         """Tokens (B, N, D) of the first images: all, or as many as there is memory for."""
         if name not in self._banks:
+            self.busy = True
             first = self._encode(name, self.images[name][:1])
             room = max(1, MEMORY // len(self.encoders) // first.nbytes)
             self._banks[name] = self._encode(name, self.images[name][:room])
@@ -527,7 +533,7 @@ class TokenExplorer(Explorer):
 
     def _tokens(self, name: str, number: int) -> Tensor:
         """Tokens (N, D) of an image."""
-        bank = self._bank(name)
+        bank = self._banks.get(name, ())
         if number < len(bank):
             return bank[number]
         return self._known(("tokens", name, number), lambda: [self._encode(name, self.images[name][number : number + 1])[0]])[0]
@@ -593,13 +599,14 @@ class TokenExplorer(Explorer):
             raise ConfigError(f"patch = {self.patch}: the grid has {rows} rows and {cols} columns, counted from 0")
         if not (0 <= self.image < self.count and -1 <= self.second < self.count):
             raise ConfigError(f"image = {self.image}, second = {self.second}: there are images 0 to {self.count - 1}")
+        if self.layer < 0 or self.head < 0:
+            raise ConfigError(f"layer = {self.layer}, head = {self.head}: both are counted from 1, and 0 stands for all")
         if self.mode == "pairs" and self.second < 0:
             raise ConfigError("pairs need two images: choose a second one")
         draw = getattr(self, f"_{self.mode}_panels", None)
         if draw is None:
             raise ConfigError(f"mode = {self.mode!r} is not known")
-        panels, caption = draw()
-        return panels, caption
+        return draw()
 
     @property
     def _query_image(self) -> int:
@@ -714,11 +721,11 @@ class TokenExplorer(Explorer):
         panels, searched = [], self.count
         for name in self.encoders:
             (rows, cols), (row, col) = self.grids[name], self.place(name)
-            bank, numbers = self._bank(name), None
             if len(self.shown) == 2:  # then in the other image alone
                 numbers = [self.shown[1 - self._query_image]]
-                bank = torch.stack([self._tokens(name, n) for n in numbers])
+                bank = self._tokens(name, numbers[0])[None]
             else:
+                bank = self._bank(name)
                 numbers = list(range(len(bank)))
                 searched = min(searched, len(bank))
             asked = self.shown[self._query_image]
