@@ -36,7 +36,9 @@ NOTEBOOKS = {
     "01": ("patches",),
     "02": ("context", "targets"),
     "03": ("student", "teacher", "predictor", "loss", "stop-gradient", "moving-average"),
+    "05": ("teacher", "predictor", "targets"),
     "06": ("predictor", "stop-gradient", "moving-average"),
+    "07": ("student", "teacher"),
 }
 PAPER = '<rect width="940" height="330" fill="var(--paper)"/>'  # a viewer's own background may suit the other scheme
 CONTEXT = {0, 1, 4, 5, 8, 12, 13, 16, 20, 21, 24}  # places on a grid of 5 x 5

@@ -211,5 +211,5 @@ def try_tokens(page, root):
     # The modes are a group of radio buttons, which arrows move through.
     modes = root.get_by_role("radio", checked=True).first
     modes.focus()
-    changes(page, root, lambda: page.keyboard.press("ArrowRight"))
+    changes(page, root, lambda: page.keyboard.press("ArrowLeft"))
     assert root.locator(".wejepa-caption").inner_text()

@@ -157,8 +157,10 @@ def _beside(count: int, side: float, bar: float) -> tuple[float, float]:
 
 
 @figure
-def plot_images(images: Tensor, titles: Sequence[str] = (), *, columns: int = 5, side: float = 1.2, title: str = "") -> Figure:
-    """A grid of images (B, C, H, W), with a line above each; `side` is an image's in inches, less where the page is not wide enough."""
+def plot_images(
+    images: Tensor | Sequence[Tensor], titles: Sequence[str] = (), *, columns: int = 5, side: float = 1.2, title: str = ""
+) -> Figure:
+    """A grid of images (C, H, W), with a line above each; `side` is an image's in inches, less where the page is not wide enough."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     side = min(side, WIDTH / columns)
@@ -623,7 +625,8 @@ def plot_maps(
             ink = "white" if value < (low + high) / 2 else "black"
             ax.text(col, row, format(value, numbers), ha="center", va="center", color=ink, fontsize=7)
         ax.set(title=name, xlabel="column")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         if not shared:
             fig.colorbar(drawn, ax=ax, shrink=0.8, label=label)
     axes[0, 0].set_ylabel("row")
