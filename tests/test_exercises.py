@@ -32,20 +32,8 @@ SURVIVORS = {
         "return positions.mean(1, keepdim=False).expand_as(positions)": "same: the one image's mean, broadcast",
     },
     "04_linear_probing.nearest_centroid": {
-        "mean, std = (train_x.sum(0), train_x.std(0) + 1e-06)": "same: no shift changes a distance",
-        "mean, std = (train_x.mean(0), train_x.std(0) - 1e-06)": "same: the deviations are far from 0",
-        "mean, std = (train_x.mean(0), train_x.var(0) + 1e-06)": "weak: never asks whether features are divided by their deviation",
-        "without train_x, test_x = ((train_x - mean) / std, (test_x - mean) / std)": "weak: as above",
-        "train_x, test_x = ((train_x - mean) * std, (test_x - mean) / std)": "weak: as above",
-        "train_x, test_x = ((train_x - mean) / std, (test_x - mean) * std)": "weak: as above",
-        "centres = torch.stack([train_x[train_y == c].sum(0) for c in range(int(train_y.max()) + 1)])": "weak: two symmetric classes",
-    },
-    "04_linear_probing.calibration_error": {
-        "where = (confidence * bins).long()": "weak: the only confidence of 1 is right, so its gap is 0",
-        "where = (confidence * bins).long().clamp(max=bins + 1)": "weak: as above",
-        "where = (confidence * bins).long().clamp(max=bins - 0)": "weak: as above",
-        "where = (confidence / bins).long().clamp(max=bins - 1)": "weak: no two bins have gaps of opposite sign",
-        "return sum((float(gaps[where == b].sum()) for b in range(bins)))": "weak: as above",
+        "middle, spread = (train_x.sum(0), train_x.std(0) + 1e-06)": "same: no shift changes a distance",
+        "middle, spread = (train_x.mean(0), train_x.std(0) - 1e-06)": "same: the deviations are far from 0",
     },
     "06_collapse.alarm": {
         "begun = history[1]['teacher_variance']": "weak: the variances are far from the threshold",
