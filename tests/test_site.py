@@ -232,7 +232,7 @@ def test_no_request_leaves_the_site_and_axe_finds_nothing_serious(site, browser)
     names = sorted(file.relative_to(site).with_suffix("").as_posix() for file in site.rglob("*.html"))
     assert set(LIVE) < set(names) and len(names) > 30
     outside, serious, wide, errors = [], [], [], []
-    page = browser.context.new_page()
+    page = browser.context.browser.new_page()
     with served(site) as address:
         page.on("request", lambda request: request.url.startswith((address, "data:", "blob:")) or outside.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -476,7 +476,7 @@ def test_the_three_things_to_try_on_the_replay_are_true():
 
 def test_a_live_page_answers_at_once(browser, live):
     """`python -m benchmarks.explorers --live` has the numbers of a quiet machine, all under 30 ms at the median; this one may be busy."""
-    page = browser.context.new_page()
+    page = browser.context.browser.new_page()
     waits, loaded = live_waits(page, live, "paint", 15)
     page.close()
     assert waits[len(waits) // 2] < 150 and loaded < 2e6
