@@ -1,4 +1,4 @@
-"""How long an explorer takes from key press to changed picture, in a real JupyterLab in a real browser, and what 500 moves leave behind.
+"""How long an explorer takes from click or key to changed picture, in JupyterLab in a real browser, and what 500 updates leave behind.
 
     python -m benchmarks.explorers
     python -m benchmarks.explorers --live      # the website's live pages instead, and the bytes that they load
@@ -30,20 +30,29 @@ from pathlib import Path
 
 import nbformat
 
-CELLS = {
-    "PatchExplorer": "PatchExplorer(images[0])",
-    "MaskExplorer": "MaskExplorer(cfg, images[1])",
-    "AttentionExplorer": 'AttentionExplorer({"one": IJEPA_base(cfg), "other": IJEPA_base(cfg)}, images)',
-}
 SETUP = """import torch
-from wejepa.config import default_config
+import wejepa
 from wejepa.data import load_images
 from wejepa.model import IJEPA_base
-from wejepa.widgets import AttentionExplorer, MaskExplorer, PatchExplorer
+from wejepa.widgets import MaskExplorer, MaskPainter, PatchExplorer, TokenExplorer
 
-cfg = default_config()
-source = load_images(cfg, "test")
-images = next(source.batches(torch.arange(8), 8))"""
+model = wejepa.load_pretrained("fashion")
+cfg = model.cfg
+images = next(load_images(cfg, "test").batches(torch.arange(8), 8))
+stock = next(load_images(cfg, "train").batches(torch.arange(300), 300))
+encoders = {"trained": model, "untrained": IJEPA_base(cfg).eval()}"""
+TWO = "explorer = TokenExplorer(encoders, images)\nexplorer.mode, explorer.second = 'similarity', 1\nexplorer"
+# What is shown, and what is done to it: a patch clicked on, or a key pressed on a picture or a slider.
+CASES = {
+    "PatchExplorer: a patch": ("PatchExplorer(images[0])", "click"),
+    "PatchExplorer: the patch size": ("PatchExplorer(images[0])", "slider"),
+    "MaskExplorer: a setting": ("MaskExplorer(cfg, images[1])", "slider"),
+    "MaskPainter: a patch": ("MaskPainter(model, images, stock)", "click"),
+    "TokenExplorer: attention, a patch": ("TokenExplorer(encoders, images)", "click"),
+    "TokenExplorer: attention, arrow key": ("TokenExplorer(encoders, images)", "key"),
+    "TokenExplorer: similarity in two images": (TWO, "click"),
+    "TokenExplorer: nearest patches": ("explorer = TokenExplorer(encoders, images)\nexplorer.mode = 'nearest'\nexplorer", "click"),
+}
 
 ERROR = '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]'
 
@@ -53,14 +62,15 @@ READY = """() => {
     return kernel && state && kernel.innerText.trim() !== 'No Kernel' && state.dataset.status === 'idle';
 }"""
 
-# Presses are timed in the page: from the key's event to the first frame after the new picture has been decoded.
-WATCH = """(image) => {
+# Updates are timed in the page: from the event to the first frame after the new picture has been drawn.
+WATCH = """(root) => {
     window.waits = [];
-    let pressed = null;
-    document.addEventListener('keydown', () => { pressed = performance.now(); }, true);
-    image.addEventListener('load', () => requestAnimationFrame(() => {
-        if (pressed !== null) { window.waits.push(performance.now() - pressed); pressed = null; }
-    }));
+    let begun = null;
+    for (const kind of ['keydown', 'pointerdown'])
+        document.addEventListener(kind, () => { begun = performance.now(); }, true);
+    new MutationObserver(() => requestAnimationFrame(() => {
+        if (begun !== null) { window.waits.push(performance.now() - begun); begun = null; }
+    })).observe(root, { attributes: true, attributeFilter: ['data-drawn'] });
 }"""
 
 
@@ -152,19 +162,31 @@ def open_and_run(page, address: str, name: str, seconds: float = 120) -> None:
 
 
 def explorer(page, number: int = 0):
-    """The image of the page's explorer number `number`, and the handles of its sliders."""
-    box = page.locator(".jp-OutputArea-output .widget-hbox", has=page.locator("img.widget-image")).nth(number)
-    box.scroll_into_view_if_needed()
-    return box.locator("img.widget-image").first, box.locator(".noUi-handle")
+    """The page's explorer number `number`."""
+    root = page.locator(".wejepa").nth(number)
+    root.wait_for(timeout=30_000)
+    root.scroll_into_view_if_needed()
+    return root
 
 
-def press(page, image, handle, key: str, seconds: float = 10) -> str:
-    """Focus a slider's handle, press a key, wait for another picture; the picture's new address."""
-    before = image.get_attribute("src")
-    handle.focus()
-    page.keyboard.press(key)
-    page.wait_for_function("([image, before]) => image.src !== before", arg=[image.element_handle(), before], timeout=1000 * seconds)
-    return image.get_attribute("src")
+def stage(root, number: int = 0):
+    """An explorer's picture number `number`, which takes clicks and keys."""
+    return root.locator(".wejepa-stage").nth(number)
+
+
+def place_of(picture, grid_size: tuple[int, int], patch: tuple[int, int]) -> tuple[float, float]:
+    """Where on the page the middle of a patch is."""
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    return box["x"] + (patch[1] + 0.5) / grid_size[1] * box["width"], box["y"] + (patch[0] + 0.5) / grid_size[0] * box["height"]
+
+
+@contextlib.contextmanager
+def redrawn(page, root, seconds: float = 20) -> Iterator[None]:
+    """Waits at its end until the explorer has drawn what the kernel answered to what was done meanwhile."""
+    before = root.get_attribute("data-drawn")
+    yield
+    page.wait_for_function("([root, before]) => root.dataset.drawn !== before", arg=[root.element_handle(), before], timeout=1000 * seconds)
 
 
 def kernel_bytes() -> int:
@@ -175,30 +197,41 @@ def kernel_bytes() -> int:
     return sum(p.memory_info().rss for p in processes if "ipykernel_launcher" in " ".join(p.cmdline()))
 
 
+def doing(page, root, how: str):
+    """A function of a number that changes what the explorer shows: by a click on a patch, or by a key on a picture or slider."""
+    if how == "click":
+        picture, grid_size = stage(root), (8, 8)
+        page.mouse.click(*place_of(picture, grid_size, (0, 0)))  # pinned, so that moving the pointer changes nothing
+        page.wait_for_timeout(500)
+        places = [place_of(picture, grid_size, patch) for patch in ((2, 3), (4, 5))]
+        return lambda k: page.mouse.click(*places[k % 2])
+    (stage(root) if how == "key" else root.locator("input[type=range]:visible").last).focus()
+    return lambda k: page.keyboard.press("ArrowLeft" if k % 2 else "ArrowRight")
+
+
 def measure(moves: int, endurance: int) -> None:
-    """Print, for each explorer, the median and spread of the wait, and the growth of memory."""
+    """Print, for each case, the median and spread of the wait, and the growth of memory."""
     chromium = find_chromium()
     if chromium is None:
         raise SystemExit("no Chromium found: install one (Debian: apt install chromium), or name it in $CHROMIUM")
-    print(
-        "| explorer | moves | median, ms | 90 % below, ms | slowest, ms | median without a pause, ms | kernel memory after 500 more "
-        "| page memory |\n|---|" + "---:|" * 7
-    )
-    for name, expression in CELLS.items():
+    columns = ("explorer", "updates", "median, ms", "90 % below, ms", "slowest, ms", "median without a pause, ms")
+    print("| " + " | ".join((*columns, f"kernel memory after {endurance} more", "page memory")) + " |\n|---|" + "---:|" * 7)
+    for name, (expression, how) in CASES.items():
         with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(folder)) as address, browser_page(chromium) as page:
             notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (SETUP, expression)])
             notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
             nbformat.write(notebook, Path(folder) / "explorer.ipynb")
             open_and_run(page, address, "explorer.ipynb")
-            image, handles = explorer(page)
-            handle = handles.last
-            image.evaluate(WATCH)
+            root = explorer(page)
+            change = doing(page, root, how)
+            root.evaluate(WATCH)
 
-            def move(count, pause=0.0, image=image, handle=handle, page=page):
+            def move(count, pause=0.0, root=root, change=change, page=page):
                 """The waits of so many moves, in ms, the shortest first."""
                 page.evaluate("window.waits = []")
                 for k in range(count):
-                    press(page, image, handle, "ArrowLeft" if k % 2 else "ArrowRight")
+                    with redrawn(page, root):
+                        change(k)
                     time.sleep(pause)
                 return sorted(page.evaluate("window.waits"))
 

@@ -32,7 +32,7 @@ def install_what_is_missing(source: str) -> None:
         return
     here = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     kept = [f"{name}=={here[name]}" for name in ("torch", "torchvision", "numpy") if name in here]
-    wanted = [f"wejepa[interop] @ {source}", "ipywidgets", "matplotlib", "scikit-learn"]
+    wanted = [f"wejepa[interop] @ {source}", "anywidget", "matplotlib", "scikit-learn"]
     with tempfile.TemporaryDirectory() as folder:
         constraints = pathlib.Path(folder, "kept.txt")
         constraints.write_text("\n".join(kept))

@@ -32,9 +32,13 @@ svg.schematic { --paper: #ffffff; --ink: #1f2328; --soft: #57606a; --line: #8c95
 """
 # What each notebook is about; its drawing lies beside it, so that GitHub, Jupyter and the website all find it.
 NOTEBOOKS = {
+    "00": (),
     "01": ("patches",),
     "02": ("context", "targets"),
     "03": ("student", "teacher", "predictor", "loss", "stop-gradient", "moving-average"),
+    "05": ("teacher", "predictor", "targets"),
+    "06": ("predictor", "stop-gradient", "moving-average"),
+    "07": ("student", "teacher"),
 }
 PAPER = '<rect width="940" height="330" fill="var(--paper)"/>'  # a viewer's own background may suit the other scheme
 CONTEXT = {0, 1, 4, 5, 8, 12, 13, 16, 20, 21, 24}  # places on a grid of 5 x 5

@@ -5,10 +5,20 @@ import torch
 import torch.nn.functional as F
 
 from wejepa.analysis import attention
-from wejepa.analysis.attention import attention_rollout, imagine, nearest_tokens, prediction_errors, record_attention, token_colours
+from wejepa.analysis.attention import (
+    attention_rollout,
+    imagine,
+    mutual_matches,
+    nearest_tokens,
+    predict_hidden,
+    prediction_errors,
+    record_attention,
+    token_colours,
+    token_similarity,
+)
 from wejepa.config import IJepaConfig, MaskConfig, ModelConfig
 from wejepa.errors import ConfigError
-from wejepa.masking import sample_block_masks
+from wejepa.masking import Masks, sample_block_masks
 from wejepa.model import IJEPA_base
 
 GRID, N = (4, 4), 16
@@ -115,6 +125,37 @@ def test_prediction_errors_are_the_losses_patch_by_patch(model, images):
 
 def test_more_samples_reach_every_patch(model, images):
     assert prediction_errors(model, images, model.cfg.mask, samples=64, generator=torch.Generator().manual_seed(0)).isfinite().all()
+
+
+def test_similarity_forgets_what_all_tokens_share():
+    tokens, others = torch.randn(6, 8), torch.randn(9, 8)
+    found = token_similarity(tokens, others)
+    torch.testing.assert_close(found, token_similarity(tokens + 100, others + 100), atol=1e-3, rtol=1e-3)
+    mean = torch.cat([tokens, others]).mean(0)
+    torch.testing.assert_close(found[2, 3], F.cosine_similarity(tokens[2] - mean, others[3] - mean, dim=0))
+    torch.testing.assert_close(token_similarity(tokens, tokens).diagonal(), torch.ones(6))
+    with pytest.raises(ConfigError, match="same D"):
+        token_similarity(tokens, others[:, :7])
+
+
+def test_matches_are_mutual_and_the_best_comes_first():
+    similarity = torch.tensor([[0.5, 0.9, 0.1], [0.2, 0.8, 0.3], [0.7, 0.1, 0.0], [0.1, 0.2, 0.6]])
+    assert mutual_matches(similarity).tolist() == [[0, 1], [2, 0], [3, 2]]  # row 1 prefers column 1, which prefers row 0
+
+
+def test_what_is_hidden_is_predicted_as_in_the_loss(model, images):
+    context = torch.tensor([9, 0, 5])
+    places, predictions, targets, errors = predict_hidden(model, images[:1], context)
+    assert places.tolist() == [p for p in range(N) if p not in (0, 5, 9)]
+    with torch.no_grad():
+        expected = model(images[:1], Masks(context.sort().values[None], places[None, None]))
+    torch.testing.assert_close(predictions, expected[0][0, 0])
+    torch.testing.assert_close(targets, expected[1][0, 0])
+    torch.testing.assert_close(errors.mean(), F.smooth_l1_loss(*expected))
+    assert len(predict_hidden(model, images[:1], torch.tensor([], dtype=torch.long)).places) == N
+    for wrong in ([0, 0], [N], [-1], range(N)):
+        with pytest.raises(ConfigError, match="context"):
+            predict_hidden(model, images[:1], torch.tensor(list(wrong)))
 
 
 def test_nearest_tokens_are_nearest_however_few_fit_into_memory(monkeypatch):

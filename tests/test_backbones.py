@@ -275,14 +275,24 @@ def test_where_windows_overhang_the_grid_places_look_at_places_only():
 
 
 def test_the_explorer_shows_a_swins_last_stage():
-    from wejepa.widgets import AttentionExplorer
+    from wejepa.widgets import TokenExplorer
 
     cfg = backbone_config("swin_t", img_size=32)
-    explorer = AttentionExplorer({"swin": IJEPA_base(cfg).eval()}, some_images(cfg, 1))
-    assert explorer.controls["layer"].options[-1] == "rollout" and len(explorer.controls["layer"].options) == 3
-    assert len(explorer.controls["head"].options) == 7  # the mean, and the six heads of that stage
-    assert explorer.attention("swin").shape == (4, 4)
+    explorer = TokenExplorer({"swin": IJEPA_base(cfg).eval()}, some_images(cfg, 1))
+    assert explorer.depths == {"swin": (2, 6)}  # layers and heads of that stage
+    assert explorer.values["swin", 0].shape == (4, 4)
     explorer.render()
+
+
+def test_the_explorer_shows_all_but_attention_of_a_convolutional_network():
+    from wejepa.widgets import TokenExplorer
+
+    cfg = backbone_config("resnet18")
+    explorer = TokenExplorer({"resnet": IJEPA_base(cfg).eval()}, some_images(cfg, 1))
+    assert explorer.mode == "similarity" and "attention" not in dict(explorer.controls[0]["options"])
+    for mode, _ in explorer.controls[0]["options"]:
+        explorer.mode = mode
+        assert explorer.view["problem"] == ""
 
 
 # ---------------------------------------------------------------- batch statistics

@@ -10,6 +10,7 @@ import nbformat
 import papermill
 import pytest
 import test_links
+from nbmake.nb_run import NotebookRun
 
 from wejepa import course as written_course
 from wejepa.errors import DataError
@@ -62,6 +63,24 @@ def test_papermill_tells_each_parameter_with_type_and_meaning(path):
     for name, parameter in found.items():
         assert parameter["inferred_type_name"] in ("int", "float", "bool", "str", "list"), name
         assert len(parameter["help"]) > 10, name
+
+
+TRAINING = [path for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")) if '"train: bool' in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
+def test_a_notebook_that_loads_weights_also_trains(path, tmp_path):
+    """With `train = True` and on noise: no other test goes that way."""
+    notebook = nbformat.read(path, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    cell.metadata["nbmake"]["mock"]["train"] = True
+    notebook.cells = [cell for cell in notebook.cells if "exercise" not in cell.metadata.get("tags", [])]
+    written = tmp_path / "notebooks" / path.name
+    written.parent.mkdir()
+    nbformat.write(notebook, written)
+    done = NotebookRun(written, 300).execute()
+    assert done.error is None, done.error.trace
 
 
 def code(source: str, **metadata):

@@ -154,6 +154,7 @@ WITH_A_MODEL = {
     "imagine": (lambda model, x, masks: [attention.imagine(model, x, masks, x)], "cpu"),
     "nearest_tokens": (lambda model, x, masks: [attention.nearest_tokens(model.encode(x)[0], model.encode(x)[0])], "cpu"),
     "token_colours": (lambda model, x, masks: [attention.token_colours(model.encode(x), model.cfg.grid_size)], "cpu"),
+    "token_similarity": (lambda model, x, masks: [attention.token_similarity(model.encode(x)[0], model.encode(x)[1])], "cpu"),
     "extract_backbone_features": (
         lambda model, x, masks: [features.extract_backbone_features(model, Images(x))],
         "cpu",
@@ -269,12 +270,16 @@ def test_what_is_measured_elsewhere_is_what_is_measured_here(cfg, models, elsewh
 
 
 def test_an_explorer_takes_a_model_and_images_from_elsewhere(cfg, models, elsewhere):
-    from wejepa.widgets import AttentionExplorer, MaskExplorer, PatchExplorer
+    from wejepa.widgets import MaskExplorer, MaskPainter, PatchExplorer, TokenExplorer
 
     images = torch.rand(2, 1, 16, 16)
-    pictures = [AttentionExplorer({"one": models[0]}, images), AttentionExplorer({"one": models[1]}, there(images))]
-    assert_here_and_close(pictures[1].attention("one"), pictures[0].attention("one"))
-    for explorer in (pictures[1], MaskExplorer(cfg, there(images[0])), PatchExplorer(there(images[0]))):
+    here, away = TokenExplorer({"one": models[0]}, images), TokenExplorer({"one": models[1]}, there(images))
+    for mode in ("attention", "similarity", "error"):
+        here.mode = away.mode = mode
+        assert_here_and_close(away.values["one", 0], here.values["one", 0])
+    painters = MaskPainter(models[0], images, images), MaskPainter(models[1], there(images), there(images))
+    assert_here_and_close(painters[1].hidden.errors, painters[0].hidden.errors)
+    for explorer in (away, painters[1], MaskExplorer(cfg, there(images[0])), PatchExplorer(there(images[0]))):
         explorer.render()
 
 
@@ -421,6 +426,7 @@ def figures() -> dict:
         "plot_masks": lambda: v.plot_masks(images, masks, (2, 2)),
         "plot_patches": lambda: v.plot_patches(images[0], 4),
         "plot_rows": lambda: v.plot_rows({"a": images}),
+        "plot_queries": lambda: v.plot_queries(images, {"a": weights[:, 0]}, (2, 2), [0, 3]),
         "plot_similarity_maps": lambda: v.plot_similarity_maps({"a": there(torch.eye(4))}, (2, 2)),
         "plot_token_colours": lambda: v.plot_token_colours(images, {"a": there(torch.rand(2, 2, 2, 3))}),
         "plot_tsne_embeddings": lambda: v.plot_tsne_embeddings(points, labels, ["a", "b"]),
@@ -449,9 +455,9 @@ def test_t_sne_takes_features_from_elsewhere(elsewhere):
 
 TESTED_ABOVE = {
     *WITH_A_MODEL, *FIGURES,
-    "AttentionExplorer", "Collection", "Monitor", "compare_pretrained_vs_scratch", "export", "finetune_encoder", "fit_probe",
-    "from_huggingface", "knn_accuracy", "knn_predictions", "load_model", "parameter_groups", "rankme", "run_tsne_projection", "save_model",
-    "teacher_variance", "to_huggingface", "train_linear_probe",
+    "Collection", "MaskPainter", "Monitor", "compare_pretrained_vs_scratch", "export", "finetune_encoder", "fit_probe",
+    "from_huggingface", "knn_accuracy", "knn_predictions", "load_model", "parameter_groups", "predict_hidden", "rankme",
+    "run_tsne_projection", "save_model", "teacher_variance", "to_huggingface", "train_linear_probe",
 }  # fmt: skip
 NAMES = {"model", "models", "model_or_folder", "features", "tokens", "attentions", "train_x"}
 # By test_distributed.py, on two processes; by test_own_parts.py: a run moves the model that it is given to its own device.

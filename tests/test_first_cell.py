@@ -58,14 +58,13 @@ def registry(tmp_path_factory):
         "onnxruntime",
         "onnxscript",
         "transformers",
-        "ipywidgets",
+        "anywidget",
         "matplotlib",
         "scikit-learn",
     )
     for name, versions in (torch | dict.fromkeys(others, ("99.0",))).items():
         for version in versions:
             write_wheel(folder, name, version, (f"torch=={torch['torch'][torch[name].index(version)]}",) if name == "torchvision" else ())
-    write_wheel(folder, "ipywidgets", "7.7.1")
     return folder
 
 
@@ -98,7 +97,7 @@ def test_a_torch_that_is_too_old_is_told_and_then_a_newer_one_stays(machine, reg
     told = "RuntimeError: wejepa cannot be installed beside torch==2.8.0, torchvision==0.23.0, numpy==2.0.2: choose a newer runtime"
     assert done.returncode == 1 and told in done.stderr and versions(machine) == before
 
-    before = given(machine, torch="2.9.0+here", torchvision="0.24.0+here", ipywidgets="7.7.1")
+    before = given(machine, torch="2.9.0+here", torchvision="0.24.0+here")
     done = machine("-c", f"{cell}\nimport wejepa, torch, onnx")
     assert done.returncode == 0, done.stderr
     after = versions(machine)

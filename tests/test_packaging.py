@@ -20,7 +20,19 @@ from wejepa.course import course_files
 ROOT = Path(__file__).resolve().parent.parent
 COURSE = set(course_files())
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-HEAVY = ("torch", "matplotlib", "sklearn", "IPython", "ipywidgets", "transformers", "safetensors", "datasets", "onnx", "onnxruntime")
+HEAVY = (
+    "torch",
+    "matplotlib",
+    "sklearn",
+    "IPython",
+    "anywidget",
+    "ipywidgets",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "onnx",
+    "onnxruntime",
+)
 
 
 def normal(name: str) -> str:

@@ -37,8 +37,12 @@ FIGURES = {
     "plot_history": lambda f: f([{"epoch": e, **LINE} for e in range(30)]),
     "plot_images": lambda f: f(random(12, 3, 32, 32), ["Ankle boot\n0.91"] * 12, columns=6, title="Title"),
     "plot_maps": lambda f: f({"one": random(8, 8), "other": random(8, 8), "third": random(8, 8)}, label="value", numbers=".1f", title="T"),
+    "plot_mask_steps": lambda f: f(
+        random(1, 32, 32), {f"{k} · a step\nof 64": (random(8, 8) > 0.5, [random(8, 8) > 0.9] * 4) for k in range(5)}
+    ),
     "plot_masks": lambda f: f(random(6, 1, 32, 32), sample_block_masks(6, GRID, MaskConfig()), GRID),
     "plot_patches": lambda f: f(random(3, 32, 32), 4, title="Title"),
+    "plot_queries": lambda f: f(random(5, 3, 32, 32), {"trained": random(5, 64), "random": random(5, 64)}, GRID, [3, 9, 27, 40, 63]),
     "plot_rows": lambda f: f({"image": random(8, 1, 32, 32), "imagined": random(8, 1, 32, 32)}, titles=["a", "b"], title="Title"),
     "plot_similarity_maps": lambda f: f({"untrained": random(64, 64), "trained": random(64, 64)}, GRID, title="Title"),
     "plot_token_colours": lambda f: f(random(10, 1, 32, 32), {"trained": random(10, 8, 8, 3), "untrained": random(10, 8, 8, 3)}),
@@ -214,6 +218,23 @@ def test_curves_go_through_their_points():
     assert not plt.fignum_exists(fig.number)
     assert [list(line.get_ydata()) for line in fig.axes[0].lines] == [[3, 2, 1], [1, 1, 1]]
     assert fig.axes[0].get_xlabel() == "size" and fig.axes[0].get_ylim()[0] == 0
+
+
+def test_what_patches_attend_to_is_on_one_scale_from_zero_and_the_query_is_framed():
+    maps = {"trained": torch.eye(4)[:2], "untrained": torch.full((2, 4), 0.25)}
+    fig = visualization.plot_queries(torch.rand(2, 3, 8, 8), maps, (2, 2), [0, 3])
+    assert not plt.fignum_exists(fig.number)
+    assert len({ax.images[0].get_clim() for ax in fig.axes[2:6]}) == 1 and fig.axes[2].images[0].get_clim()[0] == 0
+    assert fig.axes[2].images[0].get_array().tolist() == [[4, 0], [0, 0]] and (fig.axes[5].images[0].get_array() == 1).all()
+    assert [(patch.get_x(), patch.get_y(), patch.get_width()) for patch in fig.axes[1].patches] == [(3.5, 3.5, 4)]
+
+
+def test_comparison_has_whiskers_where_they_are_given():
+    rows = {"a": {"mean": 0.5, "grid": 0.6}, "b": {"grid": 0.7}}
+    fig = visualization.plot_comparison(rows, {"a": {"mean": 0.1, "grid": 0.2}, "b": {"grid": 0.05}})
+    spans = [[round(float(end), 6) for end in line.get_segments()[0][:, 1]] for line in fig.axes[0].collections]
+    assert spans[0] == [40, 60] and fig.axes[0].get_ylim() == (0, 100) and not plt.fignum_exists(fig.number)
+    assert not visualization.plot_comparison(rows).axes[0].collections
 
 
 def test_more_than_can_be_told_apart_is_refused_and_ten_curves_differ():

@@ -5,6 +5,8 @@ Images may be on any device; what comes back is on the CPU, ready for a figure.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,20 @@ from wejepa.errors import ConfigError
 from wejepa.masking import Masks, sample_block_masks
 from wejepa.model import IJEPA_base
 
-__all__ = ["attention_rollout", "imagine", "nearest_tokens", "prediction_errors", "record_attention", "token_colours"]
+__all__ = [
+    "Hidden",
+    "attention_rollout",
+    "imagine",
+    "mutual_matches",
+    "nearest_tokens",
+    "predict_hidden",
+    "prediction_errors",
+    "record_attention",
+    "token_colours",
+    "token_errors",
+    "token_similarity",
+]
+
 
 AT_ONCE = 2**24  # similarities that are held at a time: 64 MiB
 
@@ -70,6 +85,30 @@ def token_colours(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
     return ((parts - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).view(len(tokens), *grid_size, 3).cpu()
 
 
+def token_similarity(tokens: Tensor, others: Tensor) -> Tensor:
+    """Cosine similarity, (N, M), of tokens (N, D) and others (M, D), once their common mean is taken out.
+
+    All tokens of an encoder point more or less the same way. What they share says nothing about any of them, so it goes first.
+
+    Raises:
+        ConfigError: they are not equally wide.
+    """
+    if tokens.dim() != 2 or others.dim() != 2 or tokens.shape[1] != others.shape[1]:
+        raise ConfigError(f"tokens: give (N, D) and (M, D) of the same D, not {tuple(tokens.shape)} and {tuple(others.shape)}")
+    tokens, others = tokens.float(), others.float()
+    mean = (tokens.sum(0) + others.sum(0)) / (len(tokens) + len(others))
+    return (F.normalize(tokens - mean, dim=1) @ F.normalize(others - mean, dim=1).T).cpu()
+
+
+def mutual_matches(similarity: Tensor) -> Tensor:
+    """Pairs (K, 2) of a row and a column of similarities (N, M) that are each other's most similar one, the most similar pair first."""
+    columns, rows = similarity.argmax(1), similarity.argmax(0)
+    mine = torch.arange(len(similarity), device=similarity.device)
+    mine = mine[rows[columns] == mine]
+    order = similarity[mine, columns[mine]].argsort(descending=True)
+    return torch.stack([mine, columns[mine]], dim=1)[order].cpu()
+
+
 @torch.no_grad()
 def prediction_errors(
     model: IJEPA_base, images: Tensor, cfg: MaskConfig, *, samples: int = 64, generator: torch.Generator | None = None
@@ -92,11 +131,50 @@ def prediction_errors(
     for _ in range(samples):
         masks = sample_block_masks(len(images), grid_size, cfg, generator)
         predictions, targets = model(images, masks)
-        error = F.smooth_l1_loss(predictions.float(), targets.float(), reduction="none").mean(-1).flatten(1).cpu()  # (B, M * Nt)
+        error = token_errors(predictions, targets).flatten(1).cpu()  # (B, M * Nt)
         where = masks.targets.flatten(1).cpu()
         total.scatter_add_(1, where, error)
         asked.scatter_add_(1, where, torch.ones_like(error))
     return (total / asked).view(len(images), *grid_size)
+
+
+def token_errors(predictions: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each token: smooth-L1 between predictions and targets (..., D), averaged over the features: (...,)."""
+    return F.smooth_l1_loss(predictions.float(), targets.float(), reduction="none").mean(-1)
+
+
+class Hidden(NamedTuple):
+    """What the predictor makes of the patches that the student does not see, on the CPU."""
+
+    places: Tensor  # (Nt,) indices in raster order
+    predictions: Tensor  # (Nt, D)
+    targets: Tensor  # (Nt, D) the teacher's tokens, layer-normalised
+    errors: Tensor  # (Nt,) smooth-L1
+
+
+@torch.no_grad()
+def predict_hidden(model: IJEPA_base, image: Tensor, context: Tensor) -> Hidden:
+    """Show the student some patches of an image, and predict all others as one target block.
+
+    Args:
+        model: the model.
+        image: (1, C, H, W), normalised, on any device.
+        context: (Nc,) indices of the patches that the student sees, none or more.
+
+    Raises:
+        ConfigError: an index is not on the grid or comes twice, or nothing is left to predict.
+    """
+    rows, cols = model.student_encoder.token_grid(image)
+    seen = torch.zeros(rows * cols, dtype=torch.bool)
+    context = context.cpu().long().sort().values
+    if len(context) and not 0 <= int(context[0]) <= int(context[-1]) < len(seen):
+        raise ConfigError(f"context: give indices of a grid of {rows} x {cols} patches, 0 to {len(seen) - 1}")
+    seen[context] = True
+    if int(seen.sum()) != len(context) or bool(seen.all()):
+        raise ConfigError("context: give each patch once, and leave one or more to be predicted")
+    places = (~seen).nonzero()[:, 0]
+    predictions, targets = (x[0, 0].float().cpu() for x in model(image, Masks(context[None], places[None, None])))
+    return Hidden(places, predictions, targets, token_errors(predictions, targets))
 
 
 def nearest_tokens(queries: Tensor, tokens: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,8 +20,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from wejepa.analysis.features import READINGS
-from wejepa.masking import Masks
+if TYPE_CHECKING:
+    from wejepa.masking import Masks
 
 __all__ = [
     "hide",
@@ -36,8 +36,10 @@ __all__ = [
     "plot_history",
     "plot_images",
     "plot_maps",
+    "plot_mask_steps",
     "plot_masks",
     "plot_patches",
+    "plot_queries",
     "plot_rows",
     "plot_similarity_maps",
     "plot_token_colours",
@@ -155,8 +157,10 @@ def _beside(count: int, side: float, bar: float) -> tuple[float, float]:
 
 
 @figure
-def plot_images(images: Tensor, titles: Sequence[str] = (), *, columns: int = 5, side: float = 1.2, title: str = "") -> Figure:
-    """A grid of images (B, C, H, W), with a line above each; `side` is an image's in inches, less where the page is not wide enough."""
+def plot_images(
+    images: Tensor | Sequence[Tensor], titles: Sequence[str] = (), *, columns: int = 5, side: float = 1.2, title: str = ""
+) -> Figure:
+    """A grid of images (C, H, W), with a line above each; `side` is an image's in inches, less where the page is not wide enough."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     side = min(side, WIDTH / columns)
@@ -221,6 +225,27 @@ def plot_masks(images: Tensor, masks: Masks, grid_size: tuple[int, int], *, titl
 
 
 @figure
+def plot_mask_steps(image: Tensor, steps: Mapping[str, tuple[Tensor, Sequence[Tensor]]], *, title: str = "A mask, step by step") -> Figure:
+    """An image (C, H, W) at each step, under the step's name: which patches are left, (rows, columns) of booleans, and the blocks to
+    frame, each (rows, columns) of booleans as well. Patches that are not left get the tint HIDDEN.
+    """
+    fig, axes = _canvas(1, len(steps), 1.5, above=0.75)
+    for ax, (name, (left, blocks)) in zip(axes[0], steps.items(), strict=True):
+        grid_size, keep = left.shape, left.flatten().nonzero()[None, :, 0]
+        high, wide = image.shape[-2] / grid_size[0], image.shape[-1] / grid_size[1]
+        ax.imshow(to_picture(hide(image[None], keep, grid_size)[0]))
+        for k, block in enumerate(blocks):
+            row, col = block.nonzero().unbind(1)
+            corner = (int(col.min()) * wide - 0.5, int(row.min()) * high - 0.5)
+            size = (int(col.max() - col.min() + 1) * wide, int(row.max() - row.min() + 1) * high)
+            colour = PALETTE[(k + 1) % len(PALETTE)]
+            ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.8))
+        ax.set_title(name)
+    fig.suptitle(title)
+    return fig
+
+
+@figure
 def plot_history(history: list[dict[str, Any]], *, title: str = "Pretraining") -> Figure:
     """Loss, teacher variance, RankMe and nearest-neighbour accuracy over the epochs of a run's history."""
     panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
@@ -266,13 +291,18 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
 
 @figure
 def plot_comparison(
-    rows: Mapping[str, Mapping[str, float | Sequence[float]]], *, title: str = "Test accuracy under one protocol"
+    rows: Mapping[str, Mapping[str, float | Sequence[float]]],
+    whiskers: Mapping[str, Mapping[str, float]] | None = None,
+    *,
+    title: str = "Test accuracy under one protocol",
 ) -> Figure:
     """Bars for each row of a `Comparison`, one group for each way of reading the tokens.
 
     An accuracy, from 0 to 1, may be a sequence, one for each seed: the bar is their mean, and an error bar reaches one standard deviation
-    up and down.
+    up and down; or as far as `whiskers` says, from 0 to 1, for each row and group.
     """
+    from wejepa.analysis.features import READINGS  # here, since no other figure needs a model
+
     groups = [(key, name) for key, name in READINGS.items() if any(key in row for row in rows.values())]
     _check_count(rows, len(BAR_COLOURS), "encoders")
     fig, ax = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
@@ -281,6 +311,8 @@ def plot_comparison(
         found = [(g, 100 * torch.as_tensor(row[key], dtype=torch.float64).flatten()) for g, (key, _) in enumerate(groups) if key in row]
         at = [g + (i - (len(rows) - 1) / 2) * width for g, _ in found]
         spread = [float(values.std()) if len(values) > 1 else 0.0 for _, values in found]
+        if whiskers is not None:
+            spread = [100 * whiskers[name][groups[g][0]] for g, _ in found]
         bars = ax.bar(at, [float(values.mean()) for _, values in found], width * 0.92, color=colour, label=name)
         if any(spread):
             ax.errorbar(at, [bar.get_height() for bar in bars], spread, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
@@ -391,6 +423,38 @@ def visualize_attention_scores(
         for ax in axes.flat:
             frame = Rectangle((col * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=TARGET, linewidth=1.6)
             ax.add_patch(frame)
+    fig.suptitle(title)
+    return fig
+
+
+@figure
+def plot_queries(
+    images: Tensor, maps: Mapping[str, Tensor], grid_size: tuple[int, int], queries: Sequence[int], *, title: str = ""
+) -> Figure:
+    """What one patch of each image attends to: the images (B, C, H, W), and below them rows of maps (B, N) by name, all on one scale.
+
+    Args:
+        images: one a column.
+        maps: for each row the attention of each image's query, which sums to 1; shown as multiples of an even share.
+        grid_size: patches down and across.
+        queries: for each image the patch that asks, framed.
+        title: above the figure.
+    """
+    fig, axes = _canvas(1 + len(maps), len(images), 1.2, beside=1.0)
+    high, wide = images.shape[-2] / grid_size[0], images.shape[-1] / grid_size[1]
+    corners = (-0.5, images.shape[-1] - 0.5, images.shape[-2] - 0.5, -0.5)
+    shares = {name: (values.float().cpu() * values.shape[-1]).view(-1, *grid_size) for name, values in maps.items()}
+    largest = float(torch.stack(list(shares.values())).quantile(0.99))  # a single bright patch would darken the rest
+    for column, query in enumerate(queries):
+        axes[0, column].imshow(to_picture(images[column]))
+        for ax, heat in zip(axes[1:, column], shares.values(), strict=True):
+            drawn = ax.imshow(heat[column], cmap="cividis", vmin=0, vmax=largest, extent=corners)
+        row, col = divmod(query, grid_size[1])
+        for ax in axes[:, column]:
+            ax.add_patch(Rectangle((col * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=TARGET, linewidth=1.6))
+    for ax, name in zip(axes[:, 0], ("image", *maps), strict=True):
+        ax.set_ylabel(name)
+    fig.colorbar(drawn, ax=list(axes[1:].flat), shrink=0.8, extend="max", label="attention (1 = even share)")
     fig.suptitle(title)
     return fig
 
@@ -561,7 +625,8 @@ def plot_maps(
             ink = "white" if value < (low + high) / 2 else "black"
             ax.text(col, row, format(value, numbers), ha="center", va="center", color=ink, fontsize=7)
         ax.set(title=name, xlabel="column")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         if not shared:
             fig.colorbar(drawn, ax=ax, shrink=0.8, label=label)
     axes[0, 0].set_ylabel("row")

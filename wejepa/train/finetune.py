@@ -243,7 +243,9 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None = None, pretraining_seconds: float = 0.0) -> Comparison:
+def compare_pretrained_vs_scratch(
+    cfg: FinetuneConfig, model: IJEPA_base | None = None, pretraining_seconds: float = 0.0, with_labels: bool = True
+) -> Comparison:
     """Judge a pretrained encoder beside its baselines, all under the same protocol.
 
     Rows: the pretrained encoder; the same encoder at its random initialisation; raw pixels (the mean patch under "mean", every pixel
@@ -254,6 +256,7 @@ def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None 
         cfg: the protocol.
         model: a model to judge instead of `cfg.checkpoint`.
         pretraining_seconds: told in the table.
+        with_labels: also the two rows that are trained with labels; without them the comparison takes seconds.
 
     All computes on `cfg.device`, but for the features of a model that is handed in: those where it is.
     """
@@ -268,7 +271,7 @@ def compare_pretrained_vs_scratch(cfg: FinetuneConfig, model: IJEPA_base | None 
             "same encoder, random": (judge.right(random.encoder(cfg.encoder)), 0.0),
             judge.pixel_row: (judge.pixels_right(), 0.0),
         }
-        for name, begun_with in (("whole encoder, with labels", None), ("pretrained, then with labels", model)):
+        for name, begun_with in (("whole encoder, with labels", None), ("pretrained, then with labels", model)) if with_labels else ():
             start = time.perf_counter()
             trained = train_with_labels(judge, begun_with)
             spent = time.perf_counter() - start
