@@ -38,8 +38,8 @@ wejepa.ui.page("paint", async (root) => {
     update();
   };
   const whole = panel("Image", {note: "what the teacher sees", label: "The whole image"});
-  const student = panel("Context", {
-    act, moved: (place) => (spoken.textContent = describe(place)), painted: true, note: "what the student sees: paint here",
+  const student = panel("Context: paint here", {
+    act, moved: (place) => (spoken.textContent = describe(place)), painted: true, note: "what the student sees",
     label: "The context: patches that the student sees. Arrow keys move, space shows or hides the patch.",
   });
   const guess = panel("Prediction", {note: "what the predictor expects", label: "The nearest real patch to each prediction"});
