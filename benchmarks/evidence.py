@@ -371,6 +371,12 @@ def table(name: str) -> Iterator[str]:
                 values = cube(results, labels, column)
                 cells.append("-" if values is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in interval(values))))
             yield f"| {row} | {len(results)} | " + " | ".join(cells) + " |"
+        tuned, scratch = (found.get(row) for row in ("pretrained, then with labels", "whole encoder, with labels"))
+        if tuned and scratch:
+            difference = interval(ahead(cube(tuned, labels, "own"), cube(scratch, labels, "own")))
+            yield "\nTrained with labels: pretrained, ahead of from scratch, {:+.1f} ({:+.1f} to {:+.1f})".format(
+                *(100 * v for v in difference)
+            )
         first = found.get("pretrained")
         if first is None:
             continue

@@ -7,7 +7,8 @@ What differs from run to run without meaning is left out: timing metadata, widge
 cell's metadata gets the hash of the source that made its output; a test compares the two.
 
 A code cell that shows pictures says in its metadata what they show, as `alt`: one sentence, or a list with one for each picture. It is
-copied to where JupyterLab and nbconvert (the outputs' metadata) and the website's myst-nb (the cell's `mystnb`) look for it.
+copied to the outputs' metadata, where nbconvert's classic template looks for it, and to the cell's `mystnb`, which the website reads.
+JupyterLab 4.6 and nbconvert's default template show no alternative text of outputs, wherever it stands.
 """
 
 import argparse

@@ -17,6 +17,8 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 EXPLORERS = ("PatchExplorer(", "MaskExplorer(", "MaskPainter(", "TokenExplorer(")
 WITH_EXPLORER = {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if any(e in path.read_text() for e in EXPLORERS)}
 
+assert set(WITH_EXPLORER) >= {"01", "02", "05", "07", "08"}, "a notebook has lost its explorer"
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):

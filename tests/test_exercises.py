@@ -42,14 +42,8 @@ SURVIVORS = {
     "06_collapse.variance_penalty": {
         "deviation = (tokens.std(0) + 0.0001).sqrt()": "weak: no penalty between 0 and 1 is known",
     },
-    "08_your_own_images.finds_itself": {
-        "return sum((name == names[i] for name, i in zip(found, numbers, strict=True))) * len(numbers)": "weak: no share is bounded above",
-    },
     "08_your_own_images.whitened": {
         "u, _, _ = torch.linalg.svd(centred, full_matrices=True)": "same: the first k columns are those",
-    },
-    "08_your_own_images.images_of_each": {
-        "return dict(sorted(zip(source.classes, counts, strict=True), key=lambda pair: pair[0]))": "weak: every class has as many images",
     },
 }
 

@@ -88,7 +88,7 @@ def test_outputs_are_fit_to_commit(path):
 
 
 def test_pictures_have_alternative_text(path):
-    """Where nbconvert and JupyterLab look for it, and myst-nb, which has one text for all pictures of a cell."""
+    """In the outputs' metadata, and in the cell's for the website, which has one text for all pictures of a cell."""
     script, remedy = load_render_script(), "run scripts/render_notebooks.py --texts"
     cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
     if not any(script.texts(cell) for cell in cells):

@@ -291,15 +291,17 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
 
 @figure
 def plot_comparison(
-    rows: Mapping[str, Mapping[str, float | Sequence[float]]],
+    rows: Mapping[str, Mapping[str, float]],
     whiskers: Mapping[str, Mapping[str, float]] | None = None,
     *,
     title: str = "Test accuracy under one protocol",
 ) -> Figure:
     """Bars for each row of a `Comparison`, one group for each way of reading the tokens.
 
-    An accuracy, from 0 to 1, may be a sequence, one for each seed: the bar is their mean, and an error bar reaches one standard deviation
-    up and down; or as far as `whiskers` says, from 0 to 1, for each row and group.
+    Args:
+        rows: by the encoder's name, accuracies from 0 to 1.
+        whiskers: how far error bars reach up and down, from 0 to 1, for each of them.
+        title: above the figure.
     """
     from wejepa.analysis.features import READINGS  # here, since no other figure needs a model
 
@@ -308,16 +310,13 @@ def plot_comparison(
     fig, ax = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
     width = 0.8 / len(rows)
     for i, ((name, row), colour) in enumerate(zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True)):
-        found = [(g, 100 * torch.as_tensor(row[key], dtype=torch.float64).flatten()) for g, (key, _) in enumerate(groups) if key in row]
+        found = [(g, key) for g, (key, _) in enumerate(groups) if key in row]
         at = [g + (i - (len(rows) - 1) / 2) * width for g, _ in found]
-        spread = [float(values.std()) if len(values) > 1 else 0.0 for _, values in found]
-        if whiskers is not None:
-            spread = [100 * whiskers[name][groups[g][0]] for g, _ in found]
-        bars = ax.bar(at, [float(values.mean()) for _, values in found], width * 0.92, color=colour, label=name)
-        if any(spread):
-            ax.errorbar(at, [bar.get_height() for bar in bars], spread, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
-        for bar, deviation in zip(bars, spread, strict=True):
-            place = (bar.get_x() + bar.get_width() / 2, bar.get_height() + deviation + 1)
+        reach = [100 * whiskers[name][key] for _, key in found] if whiskers else None
+        ends = {"capsize": 2, "elinewidth": 0.8}
+        bars = ax.bar(at, [100 * row[key] for _, key in found], width * 0.92, yerr=reach, error_kw=ends, color=colour, label=name)
+        for bar, above in zip(bars, reach or [0] * len(found), strict=True):
+            place = (bar.get_x() + bar.get_width() / 2, bar.get_height() + above + 1)
             ax.text(*place, f"{bar.get_height():.1f}", ha="center", va="bottom", fontsize=7)
     ax.set_xticks(range(len(groups)), [name for _, name in groups])
     ax.set(ylabel="accuracy, %", ylim=(0, 100), title=title)
