@@ -423,6 +423,7 @@ def figures() -> dict:
         "plot_error_maps": lambda: v.plot_error_maps(images, there(torch.rand(2, 2, 2))),
         "plot_images": lambda: v.plot_images(images),
         "plot_maps": lambda: [v.plot_maps({"a": square}, numbers=".1f"), v.plot_maps({"a": square}, shared=False)],
+        "plot_mask_steps": lambda: v.plot_mask_steps(images[0], {"a": (there(torch.eye(2)).bool(), [there(torch.eye(2)).bool()])}),
         "plot_masks": lambda: v.plot_masks(images, masks, (2, 2)),
         "plot_patches": lambda: v.plot_patches(images[0], 4),
         "plot_rows": lambda: v.plot_rows({"a": images}),
