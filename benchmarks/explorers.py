@@ -1,6 +1,7 @@
 """How long an explorer takes from click or key to changed picture, in JupyterLab in a real browser, and what 500 updates leave behind.
 
     python -m benchmarks.explorers
+    python -m benchmarks.explorers --live      # the website's live pages instead, and the bytes that they load
 
 Needs playwright (`pip install playwright`) and a Chromium: the one named by $CHROMIUM, or found as chromium, chromium-browser or
 google-chrome.
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import http.server
 import os
 import re
 import shutil
@@ -18,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -242,13 +246,104 @@ def measure(moves: int, endurance: int) -> None:
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
+# ---------------------------------------------------------------- the website's live pages
+
+# By page: its scripts, and what is moved: a board by arrow keys and space, or a slider.
+LIVE = {
+    "paint": (("core", "masks", "ui", "paint"), ".live-painted", ("ArrowRight", " ")),
+    "patch": (("core", "masks", "ui", "patch"), ".live-board", ("ArrowRight", "ArrowDown")),
+    "masks": (("core", "masks", "ui", "maskpage"), "input[type=range]", None),
+    "replay": (("core", "masks", "ui", "replay"), "input[type=range]", None),
+}
+SITE = Path(__file__).resolve().parent.parent / "website"
+
+# From an event to the moment after the frame that shows what it changed.
+MOVE = """async ([selector, keys, count]) => {
+    const element = document.querySelector(selector), waits = [];
+    for (let k = 0; k < count; k++) {
+        const began = performance.now();
+        if (keys) element.dispatchEvent(new KeyboardEvent("keydown", {key: keys[k % keys.length], bubbles: true, cancelable: true}));
+        else {
+            element.value = Number(element.value) + (k % 2 ? -1 : 1);
+            element.dispatchEvent(new Event("input", {bubbles: true}));
+        }
+        await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+        waits.push(performance.now() - began);
+        await new Promise((done) => setTimeout(done, 30));
+    }
+    return waits.sort((a, b) => a - b);
+}"""
+
+
+def write_live_pages(folder: Path) -> None:
+    """The live pages alone, without what Sphinx puts around them: `folder`/paint.html and so on, with all that they load."""
+    sys.path.append(str(SITE.parent / "scripts"))
+    from make_live_data import write_live
+
+    shutil.copytree(SITE / "static", folder, dirs_exist_ok=True)
+    write_live(folder)
+    colours = "--color-foreground-primary:#111;--color-foreground-secondary:#444;--color-foreground-muted:#666;--color-brand-primary:#04d"
+    for name, (scripts, *_) in LIVE.items():
+        page = [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+            f'<title>{name}</title><link rel="stylesheet" href="live.css"><style>:root{{{colours}}}</style></head>',
+            f'<body><main><h1>{name}</h1><div data-live="{name}"></div><p style="margin-top:60rem">The end.</p></main>',
+            *(f'<script src="{script}.js"></script>' for script in scripts),
+            "</body></html>",
+        ]
+        (folder / f"{name}.html").write_text("".join(page))
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a server on this machine that gives the files of a folder."""
+
+    class Silent(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+
+
+def live_waits(page, address: str, name: str, moves: int) -> tuple[list[float], int]:
+    """The waits of so many moves on a live page, in ms, the shortest first, and the bytes that the page loaded."""
+    loaded: list[int] = []
+    page.on("response", lambda response: loaded.append(len(response.body())))
+    page.goto(f"{address}{name}.html")
+    page.wait_for_selector("[data-full], [data-counted='20032']" if name in ("paint", "masks") else "[data-ready]", timeout=60_000)
+    _, selector, keys = LIVE[name]
+    return page.evaluate(MOVE, [selector, keys, moves]), sum(loaded)
+
+
+def measure_live(moves: int) -> None:
+    """Print, for each live page, the median and spread of the wait, and what it loads."""
+    chromium = find_chromium()
+    if chromium is None:
+        raise SystemExit("no Chromium found: install one (Debian: apt install chromium), or name it in $CHROMIUM")
+    print("| page | moves | median, ms | 90 % below, ms | slowest, ms | loads, MB |\n|---|" + "---:|" * 5)
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(None):
+            write_live_pages(Path(folder))
+        for name in LIVE:
+            with served(Path(folder)) as address, browser_page(chromium) as page:
+                waits, loaded = live_waits(page, address, name, moves)
+                cells = (f"{wait:.0f}" for wait in (statistics.median(waits), waits[int(0.9 * len(waits))], waits[-1]))
+                print("| " + " | ".join([name, str(len(waits)), *cells, f"{loaded / 1e6:.1f}"]) + " |", flush=True)
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.explorers", description="Time the explorers in a browser.")
     parser.add_argument("--moves", type=int, default=50)
     parser.add_argument("--endurance", type=int, default=500)
+    parser.add_argument("--live", action="store_true", help="the website's live pages instead")
     args = parser.parse_args()
-    measure(args.moves, args.endurance)
+    measure_live(args.moves) if args.live else measure(args.moves, args.endurance)
     return 0
 
 

@@ -4,7 +4,8 @@
     python scripts/make_live_data.py replay RUN       # from a run's ten checkpoints; what it writes is committed
 
 `live` writes `weights.safetensors`, the model `fashion` as it ships, and `images.safetensors`: images to try, images whose patches stand
-for predicted tokens, the same encoder untrained, and each place's mean token. Beside each file lies its copy as a script, because a page
+for predicted tokens, the same encoder untrained, and each place's mean token; and the page's first picture as four images, for the moment
+before the page computes, and for browsers without JavaScript. Beside each file lies its copy as a script, because a page
 that is opened from a folder instead of a server may load scripts and nothing else.
 
 RUN is the folder in which `scripts/make_weights.py train fashion` left its checkpoints. From them, and from the weights that the run began
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors.torch import save
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from wejepa.config import IJepaConfig, MaskConfig
 from wejepa.data.embedded import asset, emoji_images, emoji_index, fashion_images
 from wejepa.data.sources import MemoryImages
 from wejepa.files import replaced
+from wejepa.masking import Masks
 from wejepa.model import Encoder, IJEPA_base
 from wejepa.pretrained import pretrained_facts
 from wejepa.train.checkpoints import load_model
@@ -35,7 +38,12 @@ STATIC = Path(__file__).resolve().parent.parent / "website" / "static"
 SHOWN = 3  # test images of each class of Fashion-MNIST
 EMOJI = ("dog", "cat", "pizza", "rocket", "grinning", "car", "tulip", "guitar")
 BANK = 320  # training images whose patches stand for predicted tokens
+FIRST = 21  # of the images to try: a shoe, whose left half the page shows first
 REPLAYED = 6  # images whose training is replayed
+# As in website/static/ui.js.
+SIDE, HIDDEN, SKIPPED, HATCH = 384, "#8aa4c4", "#d5d8dc", "#878f99"
+CIVIDIS = ((0, 34, 78), (24, 55, 109), (59, 73, 108), (87, 92, 109), (112, 113, 115), (138, 134, 120), (165, 156, 116), (195, 179, 105))
+CIVIDIS += ((225, 204, 85), (254, 232, 56))
 
 
 def images_of_each(labels: Tensor, count: int) -> Tensor:
@@ -87,6 +95,50 @@ def write_script(file: Path, folder: Path) -> None:
         aside.write_text(f'wejepa.arrived("{file.stem}", "{text}");\n')
 
 
+@torch.no_grad()
+def first_prediction(model: IJEPA_base, image: Tensor, bank: Tensor) -> tuple[list[int | None], Tensor]:
+    """What the page shows first: the left half of an image (3, 32, 32) is seen.
+
+    Returns:
+        For each place the image of `bank` (B, 3, 32, 32) whose token is nearest to the prediction, None where nothing is predicted; and
+        the predictions' errors (N), 0 there.
+    """
+    places = torch.arange(64)
+    left = places % 8 < 4
+    predicted, targets = model(image[None], Masks(places[left][None], places[~left][None, None]))
+    tokens = F.layer_norm(model.teacher_encoder(bank), (predicted.shape[-1],))[:, ~left]  # (B, 32, D)
+    nearest: list[int | None] = [None] * 64
+    for place, item in zip(places[~left].tolist(), (predicted[0, 0] - tokens).square().sum(-1).argmin(0).tolist(), strict=True):
+        nearest[place] = item
+    errors = torch.zeros(64)
+    errors[~left] = F.smooth_l1_loss(predicted[0, 0], targets[0, 0], reduction="none").mean(-1)
+    return nearest, errors
+
+
+def first_pictures(image: Tensor, bank: Tensor, nearest: list[int | None], errors: Tensor) -> dict[str, Image.Image]:
+    """The page's four boards as it draws them, of an image (32, 32) and others (B, 32, 32) in bytes."""
+    whole = Image.fromarray(image.numpy()).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    boards = {"image": whole, "context": whole.copy(), "prediction": whole.copy(), "error": whole.copy()}
+    draw, cell = {name: ImageDraw.Draw(board) for name, board in boards.items()}, SIDE // 8
+    for place, item in enumerate(nearest):
+        x, y = place % 8 * cell, place // 8 * cell
+        box = (x, y, x + cell - 1, y + cell - 1)
+        if item is None:
+            draw["error"].rectangle(box, SKIPPED)
+            for k in range(12, 2 * cell, 12):
+                for name in ("prediction", "error"):
+                    ends = (x + max(0, k - cell), y + min(k, cell) - 1, x + min(k, cell) - 1, y + max(0, k - cell))
+                    draw[name].line(ends, HATCH, width=2)
+            continue
+        draw["context"].rectangle(box, HIDDEN)
+        patch = Image.fromarray(bank[item].numpy()).crop((place % 8 * 4, place // 8 * 4, place % 8 * 4 + 4, place // 8 * 4 + 4))
+        boards["prediction"].paste(patch.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST), (x, y))
+        at = min(0.9999, errors[place].item() / 0.6) * (len(CIVIDIS) - 1)
+        low, high = CIVIDIS[int(at)], CIVIDIS[int(at) + 1]
+        draw["error"].rectangle(box, tuple(round(a + at % 1 * (b - a)) for a, b in zip(low, high, strict=True)))
+    return boards
+
+
 def write_live(folder: Path) -> None:
     """Everything but the replay, which is committed; its copy as a script is written here."""
     model = load_pretrained("fashion")
@@ -109,6 +161,8 @@ def write_live(folder: Path) -> None:
         "layer_means": torch.stack(means),  # (trained and not, layers, N, D)
         "target_means": last.mean(0),  # (N, D)
     }
+    shoe = next(load_images(model.cfg, "test").batches(shown[FIRST : FIRST + 1], 1))[0]
+    nearest, errors = first_prediction(model, shoe, next(source.batches(bank_index, len(bank_index))))
     tensors |= {f"untrained_encoder.{name}": value.half() for name, value in fresh.teacher_encoder.state_dict().items()}
     notes = {
         "names": [classes[c] for c in labels[shown].tolist()] + names,
@@ -116,8 +170,12 @@ def write_live(folder: Path) -> None:
         "std": source.std[0],
         "heads": model.cfg.model.num_heads,
         "accuracy": pretrained_facts("fashion")["accuracy"],
+        "first": {"image": FIRST, "nearest": nearest},
     }
     folder.mkdir(parents=True, exist_ok=True)
+    for name, board in first_pictures(pixels[shown[FIRST], 0], bank[bank_index, 0], nearest, errors).items():
+        with replaced(folder / f"first-{name}.png") as aside:
+            board.quantize(64, dither=Image.Dither.NONE).save(aside, format="PNG")
     write(folder / "weights.safetensors", asset("fashion.safetensors"))
     write(folder / "images.safetensors", tensors, notes)
     for file in (folder / "weights.safetensors", folder / "images.safetensors", STATIC / "replay.safetensors"):

@@ -109,10 +109,10 @@ def captions(app, pagename: str, templatename: str, context: dict, doctree) -> N
 
 
 def reachable(app, pagename: str, templatename: str, context: dict, doctree) -> None:
-    """Wide code and tables scroll sideways, so the keyboard must reach them."""
+    """Wide code, tables and formulas scroll sideways, so the keyboard must reach them."""
     if "body" in context:
         context["body"] = re.sub(
-            r'<pre>|<div class="table-wrapper[^"]*"',
+            r'<pre>|<div class="(?:table|math)-wrapper[^"]*"',
             lambda m: m[0].rstrip(">") + ' tabindex="0"' + ">" * (m[0] == "<pre>"),
             context["body"],
         )

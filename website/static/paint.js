@@ -2,11 +2,11 @@
 "use strict";
 
 wejepa.ui.page("paint", async (root) => {
-  const {make, button, panel, picture, heat, legend, imagesOf, chooser, choice, atNextFrame} = wejepa.ui;
+  const {make, button, panel, picture, heat, legend, key, imagesOf, chooser, choice, atNextFrame} = wejepa.ui;
   const {N, WIDTH, GRID} = wejepa;
   const compact = root.hasAttribute("data-compact");
   const [weights, file] = await Promise.all([wejepa.load("weights"), wejepa.load("images")]);
-  const {mean, std, heads} = file.notes, model = wejepa.model(weights.tensors, heads), images = imagesOf(file);
+  const {mean, std, heads, first} = file.notes, model = wejepa.model(weights.tensors, heads), images = imagesOf(file);
   const usual = file.tensors.target_means.data;
 
   // Patches that stand for predicted tokens: those of training images, encoded one after the other while the page is idle.
@@ -15,15 +15,16 @@ wejepa.ui.page("paint", async (root) => {
     const until = performance.now() + 12;
     do {
       const bytes = bank.data.slice(stock.length * 1024, (stock.length + 1) * 1024);
-      stock.push({picture: picture(bytes), tokens: wejepa.targetsOf(model.teacher.encode(wejepa.normalise(bytes, mean, std)))});
+      stock.push(wejepa.targetsOf(model.teacher.encode(wejepa.normalise(bytes, mean, std))));
     } while (performance.now() < until && stock.length < bank.shape[0]);
+    if (stock.length < bank.shape[0]) return setTimeout(fillBank, 4);
     update();
-    if (stock.length < bank.shape[0]) setTimeout(fillBank, 4);
-    else root.setAttribute("data-full", "");
+    root.setAttribute("data-full", "");
   };
 
   const state = {seen: new Uint8Array(N), brush: "turn", to: 1};
   const use = (image) => {
+    state.first = false;
     state.picture = picture(image.bytes);
     state.input = wejepa.normalise(image.bytes, mean, std);
     state.targets = wejepa.targetsOf(model.teacher.encode(state.input));
@@ -31,16 +32,18 @@ wejepa.ui.page("paint", async (root) => {
   };
 
   const act = (place, phase) => {
+    state.first = false;
     if (phase === "start") state.to = state.brush === "turn" ? 1 - state.seen[place] : Number(state.brush === "show");
     state.seen[place] = state.to;
     update();
   };
-  const student = panel("What the student sees", {
-    act, moved: (place) => (spoken.textContent = describe(place)),
-    label: "Patches of the image. Arrow keys move, space shows or hides the patch.",
+  const whole = panel("Image", {note: "what the teacher sees", label: "The whole image"});
+  const student = panel("Context: paint here", {
+    act, moved: (place) => (spoken.textContent = describe(place)), painted: true, note: "what the student sees",
+    label: "The context: patches that the student sees. Arrow keys move, space shows or hides the patch.",
   });
-  const guess = panel("What the predictor expects", {label: "The image with the nearest real patch at every hidden place"});
-  const wrong = panel("How far off it is", {label: "Prediction error at every hidden place"});
+  const guess = panel("Prediction", {note: "what the predictor expects", label: "The nearest real patch to each prediction"});
+  const wrong = panel("Error", {note: "of each prediction", label: "Prediction error at every hidden place"});
   const line = make("p", {class: "live-line"}), spoken = make("p", {class: "live-spoken", role: "status"});
   let errors = new Float32Array(N);
 
@@ -49,11 +52,17 @@ wejepa.ui.page("paint", async (root) => {
     return where + (state.seen[place] ? "seen" : `hidden, prediction error ${errors[place].toFixed(2)}`);
   };
 
+  /** The picture of a training image; every one of them is made once. */
+  const pictures = [];
+  const bankPicture = (k) => (pictures[k] ??= picture(bank.data.slice(k * 1024, (k + 1) * 1024)));
+
+  /** The training image whose token at the place is nearest to prediction i; for the first picture it is known before any is encoded. */
   function nearest(predicted, i, place) {
+    if (state.first && stock.length < bank.shape[0]) return first.nearest[place];
     let best = null, least = Infinity;
-    for (const item of stock) {
+    for (let item = 0; item < stock.length; item++) {
       let distance = 0;
-      for (let k = 0; k < WIDTH; k++) distance += (predicted[i * WIDTH + k] - item.tokens[place * WIDTH + k]) ** 2;
+      for (let k = 0; k < WIDTH; k++) distance += (predicted[i * WIDTH + k] - stock[item][place * WIDTH + k]) ** 2;
       if (distance < least) [least, best] = [distance, item];
     }
     return best;
@@ -69,31 +78,35 @@ wejepa.ui.page("paint", async (root) => {
       total += errors[place] = wejepa.smoothL1(predicted, i, state.targets, place);
       plain += wejepa.smoothL1(usual, place, state.targets, place);
     });
+    whole.draw((paint) => paint.image(state.picture));
     student.draw((paint) => {
       paint.image(state.picture);
       asked.forEach(paint.hide);
     });
     guess.draw((paint) => {
       paint.image(state.picture);
+      seen.forEach((place) => paint.skip(place, false));
       asked.forEach((place, i) => {
         const item = nearest(predicted, i, place);
-        item ? paint.patch(item.picture, place, place) : paint.hide(place);
+        item === null ? paint.hide(place) : paint.patch(bankPicture(item), place, place);
       });
     });
     wrong.draw((paint) => {
-      places.forEach((place) => (state.seen[place] ? paint.patch(state.picture, place, place) : paint.fill(place, heat(errors[place] / 0.6))));
+      seen.forEach((place) => paint.skip(place));
+      asked.forEach((place) => paint.fill(place, heat(errors[place] / 0.6)));
     });
     const n = asked.length;
     line.textContent = n
-      ? `${seen.length} of ${N} patches are seen. Mean error of the ${n} predictions: ${(total / n).toFixed(2)}. ` +
-        `Always guessing the mean token of the place: ${(plain / n).toFixed(2)}.`
-      : "Everything is seen, so nothing is left to predict. Hide some patches.";
+      ? `The student sees ${seen.length} of ${N} patches. Mean error of the ${n} predictions: ${(total / n).toFixed(2)}. ` +
+        `Guessing the average token of each place instead: ${(plain / n).toFixed(2)}.`
+      : "The student sees everything, so nothing is left to predict. Hide some patches.";
     root.lastUpdate = performance.now() - began;
   }
   const update = atNextFrame(compute);
 
   let draws = 1;
   const set = (shown) => {
+    state.first = false;
     for (let p = 0; p < N; p++) state.seen[p] = shown(p) ? 1 : 0;
     update();
   };
@@ -103,15 +116,19 @@ wejepa.ui.page("paint", async (root) => {
     set((p) => context[0].includes(p));
   };
   const buttons = make("div", {class: "live-row"},
-    button("A mask as in training", sampled), button("Left half", () => set((p) => p % GRID < GRID / 2)),
+    button("As in training", sampled), button("Left half", () => set((p) => p % GRID < GRID / 2)),
     button("Top half", () => set((p) => p < N / 2)), button("Hide all", () => set(() => false)), button("Show all", () => set(() => true)));
-  const brush = choice("Brush", [["turn", "show or hide"], ["show", "show"], ["hide", "hide"]], "turn", (value) => (state.brush = value));
+  const brush = choice("Brush", [["turn", "shows or hides"], ["show", "shows"], ["hide", "hides"]], "turn", (value) => (state.brush = value));
   if (!compact) buttons.prepend(brush.element);
+  const shown = compact ? images.filter((_, i) => i < 30 && i % 3 === 0) : images;
   root.replaceChildren(
-    make("div", {class: "live-panels"}, student.element, guess.element, wrong.element), line, spoken, legend("0", "0.6 or more", "smooth-L1 to the teacher's token"),
-    buttons, chooser("Image", compact ? images.slice(0, 30).filter((_, i) => i % 3 === 0) : images, compact ? 7 : 21, use));
+    make("div", {class: "live-panels live-four"}, whole.element, student.element, guess.element, wrong.element),
+    make("div", {class: "live-row live-keys"}, key(["hidden", "hidden from the student"], ["skipped", "not predicted, because the student sees it"]),
+      legend("error 0", "0.6 or more", "")),
+    line, spoken, buttons, chooser("Image", shown, shown.indexOf(images[first.image]), use));
+  use(images[first.image]);
   set((p) => p % GRID < GRID / 2);
-  use(compact ? images[21] : images[21]);
+  state.first = true;
   compute();
   setTimeout(fillBank, 50);
 });

@@ -12,8 +12,10 @@ wejepa.ui.page("replay", async (root) => {
     state.chosen = place;
     update();
   };
-  const board = panel("Image: click a patch", {act: pick, moved: pick, label: "Patches of the image. Arrow keys choose a patch."});
-  const colours = panel("Its tokens as colours"), similar = panel("Tokens like the chosen one"), wrong = panel("Prediction error");
+  const board = panel("Image", {act: pick, moved: pick, note: "click a patch", label: "Patches of the image. Arrow keys choose a patch."});
+  const colours = panel("Tokens", {note: "like colours, like tokens", label: "The image's tokens as colours"});
+  const similar = panel("Similarity", {note: "to the chosen token", label: "How much each token is like the chosen one"});
+  const wrong = panel("Error", {note: "of predicting each patch", label: "Mean prediction error of each patch"});
   const line = make("p", {class: "live-line", role: "status"});
 
   // A monitor is a line over the epochs; a bar stands at the chosen one.
@@ -24,7 +26,13 @@ wejepa.ui.page("replay", async (root) => {
     element.textContent = text;
     return element;
   };
-  const monitors = [["loss", "Loss", 2], ["teacher_variance", "Teacher variance", 2], ["rankme", "RankMe, of 64 dimensions", 0], ["knn", "k-NN accuracy", 2]].map(([name, title, digits]) => {
+  const MONITORS = [
+    ["loss", "Loss", 2, "How far the predictions are from the teacher's tokens. It may rise while the model learns, because the tokens change: while they say more, they are harder to predict."],
+    ["teacher_variance", "Teacher variance", 2, "How much the teacher's tokens differ between images at one place. At 0 all images get the same tokens, and nothing is learnt: the run has collapsed."],
+    ["rankme", "RankMe", 0, "How many of the 64 dimensions the tokens really use. When it stays small, few things can be told apart."],
+    ["knn", "k-NN accuracy", 2, "How often an image's nearest neighbours, by its tokens, are of the same class. It needs labels, which training itself never sees."],
+  ];
+  const monitors = MONITORS.map(([name, title, digits, meaning]) => {
     const values = notes[name], low = Math.min(...values), high = Math.max(...values), last = values.length;
     const x = (epoch) => 34 + (epoch / last) * 214, y = (v) => 86 - ((v - low) / (high - low)) * 72;
     const svg = draw("svg", {viewBox: "0 0 256 104", role: "img", "aria-label": `${title} over ${last} epochs, from ${values[0].toFixed(digits)} to ${values[last - 1].toFixed(digits)}`, class: "live-chart"});
@@ -34,14 +42,14 @@ wejepa.ui.page("replay", async (root) => {
       draw("text", {x: 30, y: 90, "text-anchor": "end"}, low.toFixed(digits)), draw("text", {x: 34, y: 102}, "0"),
       draw("text", {x: 248, y: 102, "text-anchor": "end"}, `${last} epochs`),
       draw("polyline", {points: values.map((v, i) => `${x(i + 1)},${y(v)}`).join(" "), class: "live-curve"}), bar, dot);
-    const value = make("b");
-    return {element: make("figure", {class: "live-panel"}, make("figcaption", {}, `${title}: `, value), svg), at: (epoch) => {
+    const value = make("span");
+    return {element: make("figure", {class: "live-panel"}, make("figcaption", {}, make("b", {}, `${title}: `, value)), svg, make("p", {class: "live-note"}, meaning)), at: (epoch) => {
       bar.setAttribute("x1", x(epoch));
       bar.setAttribute("x2", x(epoch));
       dot.setAttribute("cx", x(Math.max(1, epoch)));
       dot.setAttribute("cy", y(values[Math.max(1, epoch) - 1]));
       dot.setAttribute("visibility", epoch ? "visible" : "hidden");
-      value.textContent = epoch ? values[epoch - 1].toFixed(digits) : "not measured";
+      value.textContent = epoch ? values[epoch - 1].toFixed(digits) : "from epoch 1 on";
     }};
   });
 
@@ -97,7 +105,8 @@ wejepa.ui.page("replay", async (root) => {
   root.replaceChildren(
     make("div", {class: "live-row"}, epochs.element, play, which.element), line,
     make("div", {class: "live-panels live-four"}, board.element, colours.element, similar.element, wrong.element),
-    legend("low", "high", "similarity from −1 to 1; error from 0 to 0.6"),
-    make("div", {class: "live-panels live-four"}, ...monitors.map((m) => m.element)));
+    make("div", {class: "live-row live-keys"}, legend("similarity −1", "1", ""), legend("error 0", "0.6 or more", "")),
+    make("h2", {}, "What the monitors said"),
+    make("div", {class: "live-panels live-monitors"}, ...monitors.map((m) => m.element)));
   update();
 });

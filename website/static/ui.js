@@ -23,13 +23,16 @@ wejepa.ui = (() => {
     return {element: make("div", {class: "live-field"}, make("label", {for: id}, text), select), select};
   }
 
-  function slider(text, {min, max, step, value}, changed) {
+  /** A labelled slider; `note` says beside it what it does. */
+  function slider(text, {min, max, step, value, note = ""}, changed) {
     const id = `live-${names++}`, output = make("output", {for: id}, String(value));
-    const input = make("input", {type: "range", id, min, max, step, value, oninput: () => {
+    const input = make("input", {type: "range", id, min, max, step, value, "aria-describedby": note ? `${id}-note` : null, oninput: () => {
       output.textContent = input.value;
       changed(Number(input.value));
     }});
-    return {element: make("div", {class: "live-field"}, make("label", {for: id}, text, " ", output), input), input, output};
+    const element = make("div", {class: "live-field"}, make("label", {for: id}, text, " ", output), input);
+    if (note) element.append(make("span", {class: "live-note", id: `${id}-note`}, note));
+    return {element, input, output};
   }
 
   function tick(text, checked, changed) {
@@ -51,6 +54,12 @@ wejepa.ui = (() => {
   const legend = (low, high, unit) =>
     make("div", {class: "live-legend"}, make("span", {}, low), make("span", {class: "live-ramp", "aria-hidden": "true"}), make("span", {}, high), make("span", {class: "live-unit"}, unit));
 
+  /** What colours and frames mean: [[kind, meaning], ...], a kind being a class `live-KIND` or a colour of a frame. */
+  const key = (...rows) =>
+    make("ul", {class: "live-key"}, ...rows.map(([kind, meaning]) =>
+      make("li", {}, make("span", kind.startsWith("#") ? {class: "live-swatch", style: `border: 3px solid ${kind}`, "aria-hidden": "true"}
+        : {class: `live-swatch live-${kind}`, "aria-hidden": "true"}), meaning)));
+
   // ---------------------------------------------------------------- pictures
 
   /** A 32 x 32 canvas of an image's bytes, grey (1024) or colour (3072). */
@@ -64,22 +73,26 @@ wejepa.ui = (() => {
     return canvas;
   }
 
-  const SIDE = 384, CELL = SIDE / GRID;
+  const SIDE = 384, CELL = SIDE / GRID, HIDDEN = "#8aa4c4", SKIPPED = "#d5d8dc", HATCH = "#878f99"; // as in live.css and make_live_data.py
 
   /**
-   * A square panel of 8 x 8 patches with a title. `draw(paint)` repaints it; `paint` has `image(canvas)`, `patch(canvas, from, to)`,
-   * `fill(place, colour)`, `hide(place)`, `frame(place, colour, width)`.
-   * With `act(place, phase)` it is a board: press and drag, or arrow keys and space. phase is "start" or "move".
+   * A square panel of 8 x 8 patches with a title, and a note on what it shows. `draw(paint)` repaints it; `paint` has `image(canvas)`,
+   * `patch(canvas, from, to)`, `fill(place, colour)`, `hide(place)` for what is hidden from the student, `skip(place)` for what is not
+   * predicted, `frame(place, colour, width)`.
+   * With `act(place, phase)` it is a board: press, or arrow keys and space. phase is "start", or "move" while a mouse is dragged.
+   * With `painted`, a finger paints as well; else it scrolls the page, and a tap acts.
    */
-  function panel(title, {act = null, moved = null, label = title} = {}) {
+  function panel(title, {act = null, moved = null, label = title, note = "", painted = false} = {}) {
     const canvas = make("canvas", {width: SIDE, height: SIDE, role: "img", "aria-label": label});
-    const holder = act ? make("div", {class: "live-board", tabindex: "0", role: "application", "aria-label": label}, canvas) : make("div", {class: "live-map"}, canvas);
+    const kind = `live-board${painted ? " live-painted" : ""}`;
+    const holder = act ? make("div", {class: kind, tabindex: "0", role: "application", "aria-label": label}, canvas) : make("div", {class: "live-map"}, canvas);
     if (act) {
       canvas.removeAttribute("role");
       canvas.removeAttribute("aria-label");
       canvas.setAttribute("aria-hidden", "true");
     }
-    const caption = make("figcaption", {}, title), context = canvas.getContext("2d");
+    const caption = make("figcaption", {}, make("b", {}, title)), context = canvas.getContext("2d");
+    if (note) caption.append(make("span", {}, note));
     const state = {cursor: (N + GRID) / 2, focused: false, redraw: null};
     const xy = (place) => [(place % GRID) * CELL, Math.floor(place / GRID) * CELL];
     const paint = {
@@ -89,10 +102,11 @@ wejepa.ui = (() => {
         context.fillStyle = colour;
         context.fillRect(...xy(place), CELL, CELL);
       },
-      hide: (place) => {
-        paint.fill(place, "#8aa4c4");
+      hide: (place) => paint.fill(place, HIDDEN),
+      skip: (place, bare = true) => {
+        if (bare) paint.fill(place, SKIPPED);
         const [x, y] = xy(place);
-        context.strokeStyle = "#6683a8";
+        context.strokeStyle = HATCH;
         context.lineWidth = 2;
         context.beginPath();
         for (let k = 12; k < 2 * CELL; k += 12) {
@@ -128,11 +142,14 @@ wejepa.ui = (() => {
         return at(event.clientY - box.top, box.height) * GRID + at(event.clientX - box.left, box.width);
       };
       let last = null;
+      const taps = (event) => event.pointerType === "touch" && !painted; // else a finger that scrolls would act
       holder.addEventListener("pointerdown", (event) => {
-        holder.setPointerCapture(event.pointerId);
         state.focused = false;
+        if (taps(event)) return;
+        holder.setPointerCapture(event.pointerId);
         act((last = state.cursor = placeOf(event)), "start");
       });
+      holder.addEventListener("click", (event) => taps(event) && act((state.cursor = placeOf(event)), "start"));
       holder.addEventListener("pointermove", (event) => {
         if (last === null) return;
         const place = placeOf(event);
@@ -197,11 +214,15 @@ wejepa.ui = (() => {
       return input;
     };
     images.forEach((image, i) => add(image, i === first));
+    requestAnimationFrame(() => { // the chosen one is in sight
+      const chosen = strip.children[first];
+      if (chosen) strip.scrollLeft = chosen.offsetLeft - strip.offsetLeft - strip.clientWidth / 2;
+    });
     const take = async (file) => {
       try {
         const image = await own(file), input = add(image, false);
         input.checked = true;
-        note.textContent = "Cut to its centre, resized to 32 × 32; it stays in this page.";
+        note.textContent = "Your image: its centre, at 32 × 32. It stays in this page.";
         chosen(image);
         strip.scrollLeft = strip.scrollWidth;
       } catch {
@@ -243,5 +264,5 @@ wejepa.ui = (() => {
     };
   }
 
-  return {make, choice, slider, tick, button, heat, legend, picture, panel, imagesOf, chooser, page, atNextFrame};
+  return {make, choice, slider, tick, button, heat, legend, key, picture, panel, imagesOf, chooser, page, atNextFrame};
 })();
