@@ -214,6 +214,10 @@ wejepa.ui = (() => {
       return input;
     };
     images.forEach((image, i) => add(image, i === first));
+    requestAnimationFrame(() => { // the chosen one is in sight
+      const chosen = strip.children[first];
+      if (chosen) strip.scrollLeft = chosen.offsetLeft - strip.offsetLeft - strip.clientWidth / 2;
+    });
     const take = async (file) => {
       try {
         const image = await own(file), input = add(image, false);
