@@ -232,7 +232,7 @@ wejepa.ui = (() => {
       }
     };
     const id = `live-${names++}`, input = make("input", {type: "file", id, accept: "image/*", class: "live-file", onchange: () => input.files[0] && take(input.files[0])});
-    const element = make("div", {class: "live-chooser"}, strip, make("div", {class: "live-row"}, input, make("label", {for: id, class: "live-button"}, "Your own image…"), more, note));
+    const element = make("div", {class: "live-chooser"}, strip, make("div", {class: "live-row"}, input, make("label", {for: id, class: "live-button"}, "Your own image…"), note, more));
     element.addEventListener("dragover", (event) => event.preventDefault());
     element.addEventListener("drop", (event) => {
       event.preventDefault();
