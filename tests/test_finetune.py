@@ -437,3 +437,13 @@ def test_one_encoder_decodes_each_image_once_for_all_readings(tmp_path, monkeypa
     decoded.clear()
     judge.pixel_scores()
     assert len(decoded) == len(set(decoded)) == 400
+
+
+def test_a_feature_that_is_constant_in_training_does_not_drown_the_others():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(200) % 2
+    x = torch.randn(200, 8, generator=generator) + 3 * y[:, None]
+    x[:, 0] = -0.8157 + 1e-7 * torch.randn(200, generator=generator)  # a black pixel, up to rounding
+    test_x = x.clone()
+    test_x[:, 0] = 2.0  # light falls on it
+    assert fit_probe(x, y, test_x, y, FinetuneConfig()).accuracy > 0.95

@@ -153,7 +153,10 @@ def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, 
 
 def _softmax_regressions(train_x, train_y, test_x, classes: int, pairs: list[tuple[float, float]], cfg: FinetuneConfig) -> Tensor:
     """Train one regression for every (rate, decay) side by side; predictions after each epoch, (epochs, pairs, N_test)."""
-    mean, std, width, device = train_x.mean(0), train_x.std(0) + 1e-6, train_x.shape[1], train_x.device
+    mean, std, width, device = train_x.mean(0), train_x.std(0), train_x.shape[1], train_x.device
+    # A pixel that is black in nearly every training image must not drown the others when light falls on it in a test image: what is
+    # constant in training says nothing, and what hardly varies is not blown up.
+    std = torch.where(std > 1e-4 * std.mean(), std.clamp(min=std.mean() / 20), torch.inf)
     train_x, test_x = ((x - mean) / std / width**0.5 for x in (train_x, test_x))  # each vector's norm is about 1
     weights = [torch.zeros(width, classes, device=device, requires_grad=True) for _ in pairs]
     biases = [torch.zeros(classes, device=device, requires_grad=True) for _ in pairs]
