@@ -183,7 +183,7 @@ def write_live(folder: Path) -> None:
 
 
 def aligned_colours(tokens: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens (B, N, D) as bytes (B, N, 3): three principal components, turned so that they are as like those before as can be.
+    """Tokens (B, N, D) as bytes (B, N, 3): three principal components, rotated to match those before as closely as possible.
 
     The components of two checkpoints may come in another order, or with another sign, although little has changed.
 

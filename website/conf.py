@@ -45,7 +45,11 @@ html_theme_options = {"top_of_page_buttons": []}
 pygments_style = "a11y-high-contrast-light"
 pygments_dark_style = "a11y-high-contrast-dark"
 
-percent = {f"{row}_{reading}": f"{100 * value:.1f} %" for row, readings in FACTS["accuracy"].items() for reading, value in readings.items()}
+percent = {
+    f"{row}_{reading}": f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+    for row, readings in FACTS["accuracy"].items()
+    for reading, value in readings.items()
+}
 myst_substitutions = percent | {"epochs": FACTS["history"][-1]["epoch"]}
 
 
@@ -94,7 +98,8 @@ def fill_in(app, docname: str, source: list[str]) -> None:
 
     def drawn(match: re.Match) -> str:
         picture = loss_curves() if match[1] == "loss curves" else schematic(*filter(None, [match[2]]))
-        return f'```{{raw}} html\n<div class="wide" tabindex="0">{picture.strip()}</div>\n```'
+        hint = '<p class="wide-hint">The drawing is wider than the screen: scroll it sideways.</p>'  # seen on narrow screens only
+        return f'```{{raw}} html\n{hint}<div class="wide" tabindex="0">{picture.strip()}</div>\n```'
 
     if docname.startswith(("howto/", "live/")):
         source[0] = source[0].replace("](../../benchmarks/README.md", "](../benchmarks.md").replace("](../../notebooks/", "](../notebooks/")

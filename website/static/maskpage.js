@@ -8,7 +8,7 @@ wejepa.ui.page("masks", async (root) => {
   const settings = {targetScale: [0.15, 0.2], targetAspect: [0.75, 1.5], contextScale: [0.85, 1], contextAspect: [1, 1], blocks: 4, share: 0.33};
   const bugs = {exclusive: false, cut: false, tied: false};
   const COLOURS = ["#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#999999", "#6a3d9a"], ENOUGH = 20000;
-  let batch = 64, seed = 1, count, counting, sizes;
+  let batch = 64, seed = 1, count, counting, sizes, least, most;
 
   const draws = [1, 2, 3].map((k) => panel(`Draw ${k}`, {label: `Masks of draw ${k}: hidden patches are tinted, frames are target blocks`}));
   const target = panel("Targets", {note: "how often each patch is predicted", label: "How often each patch is in a target block"});
@@ -29,7 +29,8 @@ wejepa.ui.page("masks", async (root) => {
     asked.fill(0);
     shown.fill(0);
     count = 0;
-    sizes = 0;
+    sizes = most = 0;
+    least = N;
     counting ??= setTimeout(more, 0);
   }
 
@@ -43,7 +44,9 @@ wejepa.ui.page("masks", async (root) => {
         new Set(masks.targets[b].flat()).forEach((p) => asked[p]++);
         masks.context[b].forEach((p) => shown[p]++);
       }
-      sizes += batch * masks.context[0].length;
+      const size = masks.context[0].length;
+      sizes += batch * size;
+      [least, most] = [Math.min(least, size), Math.max(most, size)];
       count += batch;
     }
     const upper = shown.slice(0, N / 2).reduce((a, b) => a + b, 0) / shown.reduce((a, b) => a + b, 0);
@@ -51,7 +54,9 @@ wejepa.ui.page("masks", async (root) => {
     for (const [map, values] of [[target, asked], [context, shown]])
       map.draw((paint) => values.forEach((v, p) => paint.fill(p, heat(v / count / 0.8))));
     counted.textContent = `Counted over ${count.toLocaleString("en")} images: ${(sizes / count).toFixed(1)} patches of context on average, ` +
-      `${Math.round(100 * upper)} % of them in the upper half; ${never ? `${never} patches are never a target` : "every patch is a target at some time"}.`;
+      `${Math.round(100 * upper)} % of them in the upper half; ${never ? `${never} patches are never a target` : "every patch is a target at some time"}. ` +
+      (bugs.cut ? `All ${batch} images of a batch are cut to its shortest context, so the number differs between batches: it lay between ${least} and ${most}.`
+        : "Every image has the same number of context patches.");
     root.setAttribute("data-counted", count);
     counting = count < ENOUGH ? setTimeout(more, 8) : null;
   }
@@ -63,7 +68,7 @@ wejepa.ui.page("masks", async (root) => {
   });
   const NOTES = {
     blocks: "Target blocks of an image. They may overlap one another.",
-    share: "The share of the patches that the student sees, the same number in every image.",
+    share: "The share of the patches that the student sees. wejepa's sampler gives every image this same number; contexts that are cut ignore it.",
     targetScale: "The area of a target block as a share of the image, drawn between the two.",
     targetAspect: "The shape of a target block: above 1 it is tall, below 1 wide.",
     contextScale: "The area of the large rectangle that the context is taken from, as a share of the image.",
@@ -90,7 +95,7 @@ wejepa.ui.page("masks", async (root) => {
   };
   const single = (text, name, range, use) => setting(name, slider(text, range, (v) => { use(v); change(); }));
   const switches = [
-    ["exclusive", "Blocks never reach the last row and the last column: a random bound is exclusive where it should be inclusive"],
+    ["exclusive", "Blocks never reach the last row and the last column, because the last place where a block would fit is never drawn"],
     ["cut", "Every context is cut to the shortest of the batch, from its end, so its lower rows are lost"],
     ["tied", "One random number draws a block's area and its shape, so large blocks are always tall"],
   ].map(([name, text]) => tick(text, false, (on) => {

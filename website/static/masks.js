@@ -13,12 +13,15 @@ wejepa.masks = (() => {
     };
   }
 
-  /** Height and width of a block. With `tied`, one random number draws area and shape both, as in the published sampler. */
-  function blockShape(grid, scale, aspectRatio, rand, room, tied) {
-    const u = rand(), v = tied ? u : rand();
+  /**
+   * Height and width of a block. With `tied`, one random number draws area and shape both; with `exclusive`, a block is smaller than
+   * the grid: both as in the published sampler.
+   */
+  function blockShape(grid, scale, aspectRatio, rand, room, {tied, exclusive}) {
+    const u = rand(), v = tied ? u : rand(), most = exclusive ? grid - 1 : grid;
     const area = scale[0] + u * (scale[1] - scale[0]), aspect = aspectRatio[0] + v * (aspectRatio[1] - aspectRatio[0]);
-    let height = Math.min(Math.max(1, Math.round(Math.sqrt(area * aspect) * grid)), grid);
-    let width = Math.min(Math.max(1, Math.round(Math.sqrt(area / aspect) * grid)), grid);
+    let height = Math.min(Math.max(1, Math.round(Math.sqrt(area * aspect) * grid)), most);
+    let width = Math.min(Math.max(1, Math.round(Math.sqrt(area / aspect) * grid)), most);
     while (height * width > room) height >= width ? height-- : width--;
     return [height, width];
   }
@@ -40,8 +43,8 @@ wejepa.masks = (() => {
   function sample(batch, grid, settings, rand, bugs = {}) {
     const patches = grid * grid, size = Math.max(1, Math.round(settings.share * patches));
     const room = bugs.cut ? patches - 1 : patches - size;
-    const [height, width] = blockShape(grid, settings.targetScale, settings.targetAspect, rand, room, bugs.tied);
-    const [high, wide] = blockShape(grid, settings.contextScale, settings.contextAspect, rand, patches, bugs.tied);
+    const [height, width] = blockShape(grid, settings.targetScale, settings.targetAspect, rand, room, bugs);
+    const [high, wide] = blockShape(grid, settings.contextScale, settings.contextAspect, rand, patches, bugs);
     const context = [], targets = [];
     for (let b = 0; b < batch; b++) {
       const covered = new Uint8Array(patches), blocks = [];

@@ -97,8 +97,8 @@ wejepa.ui.page("paint", async (root) => {
     });
     const n = asked.length;
     line.textContent = n
-      ? `The student sees ${seen.length} of ${N} patches. Mean error of the ${n} predictions: ${(total / n).toFixed(2)}. ` +
-        `Guessing the average token of each place instead: ${(plain / n).toFixed(2)}.`
+      ? `The student sees ${seen.length} of ${N} patches. ${n > 1 ? `Mean error of the ${n} predictions` : "Error of the one prediction"}: ` +
+        `${(total / n).toFixed(2)}. Guessing the average token of ${n > 1 ? "each" : "its"} place instead: ${(plain / n).toFixed(2)}.`
       : "The student sees everything, so nothing is left to predict. Hide some patches.";
     root.lastUpdate = performance.now() - began;
   }

@@ -3,7 +3,7 @@
 
 wejepa.ui.page("patch", async (root) => {
   const {make, panel, picture, heat, legend, key, imagesOf, chooser, choice, tick, atNextFrame} = wejepa.ui;
-  const {N, WIDTH, GRID} = wejepa, CHOSEN = "#e8590c", OTHER = "#0a84d6";
+  const {N, WIDTH, GRID} = wejepa, CHOSEN = "#e8590c", OTHER = "#0a84d6", CAP = 0.98;
   const [weights, file] = await Promise.all([wejepa.load("weights"), wejepa.load("images")]);
   const {mean, std, heads} = file.notes, images = imagesOf(file), depth = 3, layerMeans = file.tensors.layer_means.data;
   const encoders = [new wejepa.Encoder(weights.tensors, "teacher_encoder.", heads), new wejepa.Encoder(file.tensors, "untrained_encoder.", heads)];
@@ -58,7 +58,9 @@ wejepa.ui.page("patch", async (root) => {
   function compute() {
     const began = performance.now(), {view, chosen} = state, shownEncoders = state.both ? [0, 1] : [0];
     const values = shownEncoders.map((e) => [0, 1].map((side) => (view === "attention" ? attentionOf(side, e) : similar(tokensOf(0, e), tokensOf(side, e)))));
-    const most = view === "attention" ? Math.max(...values.flat().map((v) => Math.max(...v))) : 1;
+    // Few patches get far more attention than all others: on a scale up to the largest, the other maps would be dark all over.
+    const sorted = view === "attention" ? values.flat().flatMap((v) => [...v]).sort((a, b) => a - b) : [1];
+    const most = sorted[Math.floor(CAP * (sorted.length - 1))];
     const matches = shownEncoders.map((_, k) => largest(values[k][1]));
     for (const e of [0, 1]) for (const side of [0, 1]) maps[e][side].element.hidden = !shownEncoders.includes(e);
     board.draw((paint) => {
@@ -105,7 +107,7 @@ wejepa.ui.page("patch", async (root) => {
     meaning.textContent = MEANINGS[view];
     const frames = [[CHOSEN, view === "attention" ? "the chosen patch, and the same place in B" : "the chosen patch of A, and the patch of B that is most like it"]];
     if (state.both && view !== "attention") frames.push([OTHER, "in image B: the patch most like it to the untrained encoder"]);
-    keys.replaceChildren(...(view === "components" ? [] : [key(...frames)]), ...(view === "attention" ? [legend("no attention", `${(most * N).toFixed(1)} × an even share`, "")]
+    keys.replaceChildren(...(view === "components" ? [] : [key(...frames)]), ...(view === "attention" ? [legend("no attention", `${(most * N).toFixed(1)} × an even share or more`, "")]
       : view === "similarity" ? [legend("cosine −1", "1", "")] : []));
     head.element.hidden = view !== "attention" || state.layer === "rollout";
     centred.element.hidden = view === "attention";
@@ -122,15 +124,15 @@ wejepa.ui.page("patch", async (root) => {
   const layer = choice("Layer", [["1", "1"], ["2", "2"], ["3", "3, the last"], ["rollout", "all: rollout"]], "3", set("layer"));
   const head = choice("Head", [["mean", "mean"], ["1", "1"], ["2", "2"]], "mean", set("head"));
   const rolled = layer.select.querySelector('[value="rollout"]');
-  const both = tick("Beside it, the same encoder untrained", true, set("both"));
+  const both = tick("Also show the same encoder untrained", true, set("both"));
   const centred = tick("Take away the mean token of each place", false, set("centred"));
   root.replaceChildren(
     make("div", {class: "live-row"}, view.element, layer.element, head.element),
     make("div", {class: "live-row"}, both.element, centred.element),
-    make("div", {class: "live-split"},
+    make("div", {class: "live-split live-patch"},
       make("div", {class: "live-panels live-pairs"}, board.element, other.element, ...maps.flatMap((row) => row.map((map) => map.element))),
-      make("div", {}, meaning, keys, line,
-        make("h2", {}, "Choose image A"), chooser("Image A", images, 27, use(0)), make("h2", {}, "Choose image B"), chooser("Image B", images, 29, use(1)))));
+      make("div", {class: "live-words"}, meaning, keys, line),
+      make("div", {class: "live-choosers"}, make("h2", {}, "Choose image A"), chooser("Image A", images, 27, use(0)), make("h2", {}, "Choose image B"), chooser("Image B", images, 29, use(1)))));
   use(0)(images[27]);
   use(1)(images[29]);
 });

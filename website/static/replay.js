@@ -26,28 +26,28 @@ wejepa.ui.page("replay", async (root) => {
     element.textContent = text;
     return element;
   };
-  const MONITORS = [
+  const MONITORS = [ // the loss of epoch 1 is far above all others, which it would press into a flat line
     ["loss", "Loss", 2, "How far the predictions are from the teacher's tokens. It may rise while the model learns, because the tokens change: while they say more, they are harder to predict."],
     ["teacher_variance", "Teacher variance", 2, "How much the teacher's tokens differ between images at one place. At 0 all images get the same tokens, and nothing is learnt: the run has collapsed."],
     ["rankme", "RankMe", 0, "How many of the 64 dimensions the tokens really use. When it stays small, few things can be told apart."],
     ["knn", "k-NN accuracy", 2, "How often an image's nearest neighbours, by its tokens, are of the same class. It needs labels, which training itself never sees."],
   ];
   const monitors = MONITORS.map(([name, title, digits, meaning]) => {
-    const values = notes[name], low = Math.min(...values), high = Math.max(...values), last = values.length;
-    const x = (epoch) => 34 + (epoch / last) * 214, y = (v) => 86 - ((v - low) / (high - low)) * 72;
-    const svg = draw("svg", {viewBox: "0 0 256 104", role: "img", "aria-label": `${title} over ${last} epochs, from ${values[0].toFixed(digits)} to ${values[last - 1].toFixed(digits)}`, class: "live-chart"});
-    const bar = draw("line", {y1: 8, y2: 90, class: "live-bar"}), dot = draw("circle", {r: 4, class: "live-dot"});
+    const values = notes[name], low = Math.min(...values), high = Math.max(...(name === "loss" ? values.slice(1) : values)), last = values.length;
+    const x = (epoch) => 34 + (epoch / last) * 214, y = (v) => 146 - ((v - low) / (high - low)) * 132;
+    const svg = draw("svg", {viewBox: "0 0 256 164", role: "img", "aria-label": `${title} over ${last} epochs, from ${values[0].toFixed(digits)} to ${values[last - 1].toFixed(digits)}`, class: "live-chart"});
+    const bar = draw("line", {y1: 8, y2: 150, class: "live-bar"}), dot = draw("circle", {r: 4, class: "live-dot"});
     svg.append(
-      draw("line", {x1: 34, x2: 248, y1: 90, y2: 90, class: "live-axis"}), draw("text", {x: 30, y: 18, "text-anchor": "end"}, high.toFixed(digits)),
-      draw("text", {x: 30, y: 90, "text-anchor": "end"}, low.toFixed(digits)), draw("text", {x: 34, y: 102}, "0"),
-      draw("text", {x: 248, y: 102, "text-anchor": "end"}, `${last} epochs`),
+      draw("line", {x1: 34, x2: 248, y1: 150, y2: 150, class: "live-axis"}), draw("text", {x: 30, y: 18, "text-anchor": "end"}, high.toFixed(digits)),
+      draw("text", {x: 30, y: 150, "text-anchor": "end"}, low.toFixed(digits)), draw("text", {x: 34, y: 162}, "0"),
+      draw("text", {x: 248, y: 162, "text-anchor": "end"}, `${last} epochs`),
       draw("polyline", {points: values.map((v, i) => `${x(i + 1)},${y(v)}`).join(" "), class: "live-curve"}), bar, dot);
     const value = make("span");
     return {element: make("figure", {class: "live-panel"}, make("figcaption", {}, make("b", {}, `${title}: `, value)), svg, make("p", {class: "live-note"}, meaning)), at: (epoch) => {
       bar.setAttribute("x1", x(epoch));
       bar.setAttribute("x2", x(epoch));
       dot.setAttribute("cx", x(Math.max(1, epoch)));
-      dot.setAttribute("cy", y(values[Math.max(1, epoch) - 1]));
+      dot.setAttribute("cy", Math.max(8, y(values[Math.max(1, epoch) - 1])));
       dot.setAttribute("visibility", epoch ? "visible" : "hidden");
       value.textContent = epoch ? values[epoch - 1].toFixed(digits) : "from epoch 1 on";
     }};
@@ -106,7 +106,8 @@ wejepa.ui.page("replay", async (root) => {
     make("div", {class: "live-row"}, epochs.element, play, which.element), line,
     make("div", {class: "live-panels live-four"}, board.element, colours.element, similar.element, wrong.element),
     make("div", {class: "live-row live-keys"}, legend("similarity −1", "1", ""), legend("error 0", "0.6 or more", "")),
-    make("h2", {}, "What the monitors said"),
+    make("h2", {}, "What the monitors said"), make("p", {class: "live-note"}, "Each axis goes from the smallest value of the run to the largest, not from 0. " +
+      `Only the loss of epoch 1, ${notes.loss[0].toFixed(2)}, lies above its axis.`),
     make("div", {class: "live-panels live-monitors"}, ...monitors.map((m) => m.element)));
   update();
 });

@@ -214,6 +214,8 @@ wejepa.ui = (() => {
       return input;
     };
     images.forEach((image, i) => add(image, i === first));
+    const more = make("span", {class: "live-note", hidden: true}, "The row scrolls sideways.");
+    new ResizeObserver(() => (more.hidden = strip.scrollWidth <= strip.clientWidth)).observe(strip);
     requestAnimationFrame(() => { // the chosen one is in sight
       const chosen = strip.children[first];
       if (chosen) strip.scrollLeft = chosen.offsetLeft - strip.offsetLeft - strip.clientWidth / 2;
@@ -230,7 +232,7 @@ wejepa.ui = (() => {
       }
     };
     const id = `live-${names++}`, input = make("input", {type: "file", id, accept: "image/*", class: "live-file", onchange: () => input.files[0] && take(input.files[0])});
-    const element = make("div", {class: "live-chooser"}, strip, make("div", {class: "live-row"}, input, make("label", {for: id, class: "live-button"}, "Your own image…"), note));
+    const element = make("div", {class: "live-chooser"}, strip, make("div", {class: "live-row"}, input, make("label", {for: id, class: "live-button"}, "Your own image…"), note, more));
     element.addEventListener("dragover", (event) => event.preventDefault());
     element.addEventListener("drop", (event) => {
       event.preventDefault();
