@@ -1,4 +1,4 @@
-"""What becomes of I-JEPA without one of its parts: the runs that notebook 06 shows, each variant with five seeds.
+"""What happens to I-JEPA without one of its parts: the runs that notebook 06 shows, each variant with five seeds.
 
     python -m benchmarks.collapse run                             # 55 runs of a minute each on one core; may be stopped at any time
     python -m benchmarks.collapse run --epochs 20 --variants healthy "frozen teacher" --seeds 0 1 2
@@ -21,10 +21,10 @@ from typing import Any
 import nbformat
 import torch
 
+from benchmarks.recording import ROOT, command_line, write_recording
 from wejepa.devices import precision
 from wejepa.files import replaced
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "06_collapse.ipynb"
 RESULTS = Path(__file__).resolve().parent / "collapse"
 MERGED = ROOT / "wejepa" / "assets" / "collapse.json"
@@ -83,24 +83,14 @@ def merge(args: argparse.Namespace) -> int:
     order = list(definitions(EPOCHS)["variants"])
     runs = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     runs.sort(key=lambda result: (result["epochs"], order.index(result["variant"]), result["seed"]))
-    lines = ",\n".join(json.dumps(result, separators=(",", ":")) for result in runs)
-    text = f'{{"command": "python -m benchmarks.collapse run", "machine": {json.dumps(args.machine)}, "runs": [\n{lines}\n]}}\n'
-    MERGED.write_text(text)
-    print(f"{MERGED.relative_to(ROOT)}: {len(runs)} runs, {len(text):,} bytes")
+    write_recording(MERGED, "benchmarks.collapse", args.machine, runs)
     return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.collapse", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run", help="make the runs that are not there yet")
+    parser, runner = command_line("benchmarks.collapse", __doc__.splitlines()[0], run, merge, SEEDS)
     runner.add_argument("--variants", nargs="+", help="of those in the notebook; all by default")
-    runner.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     runner.add_argument("--epochs", type=int, default=EPOCHS)
-    runner.set_defaults(function=run)
-    merger = commands.add_parser("merge", help="put all runs into the file that ships")
-    merger.add_argument("--machine", default="one core of an AMD EPYC, bfloat16", help="where the runs were made")
-    merger.set_defaults(function=merge)
     args = parser.parse_args()
     return args.function(args)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.recording import ROOT, command_line, write_recording
 from wejepa.config import default_config
 from wejepa.devices import precision
 from wejepa.files import replaced
@@ -26,7 +27,6 @@ from wejepa.seeds import generator_for
 from wejepa.train.finetune import FinetuneConfig, Judge, fit_probe, untrained
 from wejepa.train.pretrain import launch_pretraining
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "shift"
 MERGED = ROOT / "wejepa" / "assets" / "shift.json"
 CROPS = {"crops": (0.8, 1.0), "no crops": (1.0, 1.0)}  # share of the image that a training crop keeps
@@ -84,21 +84,12 @@ def run(args: argparse.Namespace) -> int:
 def merge(args: argparse.Namespace) -> int:
     """All runs that were kept, in the file that ships."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    lines = ",\n".join(json.dumps(result, separators=(",", ":")) for result in runs)
-    MERGED.write_text(f'{{"command": "python -m benchmarks.shift run", "machine": {json.dumps(args.machine)}, "runs": [\n{lines}\n]}}\n')
-    print(f"{MERGED.relative_to(ROOT)}: {len(runs)} runs")
+    write_recording(MERGED, "benchmarks.shift", args.machine, runs)
     return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.shift", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    runner = commands.add_parser("run", help="make the runs that are not there yet")
-    runner.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    runner.set_defaults(function=run)
-    merger = commands.add_parser("merge", help="put all runs into the file that ships")
-    merger.add_argument("--machine", default="one core of an AMD EPYC, bfloat16", help="where the runs were made")
-    merger.set_defaults(function=merge)
+    parser, _ = command_line("benchmarks.shift", __doc__.splitlines()[0], run, merge, SEEDS)
     args = parser.parse_args()
     return args.function(args)
 

@@ -1,0 +1,35 @@
+"""What benchmarks that make a recording for a notebook have in common: the file that ships, and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+Command = Callable[[argparse.Namespace], int]
+
+
+def write_recording(file: Path, module: str, machine: str, runs: list[dict[str, Any]]) -> None:
+    """Write all runs, one a line, into a file that ships, with the command and the machine that made them."""
+    lines = ",\n".join(json.dumps(result, separators=(",", ":")) for result in runs)
+    text = f'{{"command": "python -m {module} run", "machine": {json.dumps(machine)}, "runs": [\n{lines}\n]}}\n'
+    file.write_text(text)
+    print(f"{file.relative_to(ROOT)}: {len(runs)} runs, {len(text):,} bytes")
+
+
+def command_line(
+    module: str, about: str, run: Command, merge: Command, seeds: Sequence[int]
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """A parser with the commands `run`, which makes what is not there yet, and `merge`; and the one of `run`, for more options."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="make the runs that are not there yet")
+    runner.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    runner.set_defaults(function=run)
+    merger = commands.add_parser("merge", help="put all runs into the file that ships")
+    merger.add_argument("--machine", default="one core of an AMD EPYC, bfloat16", help="where the runs were made")
+    merger.set_defaults(function=merge)
+    return parser, runner
