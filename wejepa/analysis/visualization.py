@@ -177,7 +177,7 @@ def plot_images(
 
 @figure
 def plot_rows(rows: Mapping[str, Sequence[Tensor]], *, side: float = 1.2, titles: Sequence[str] = (), title: str = "") -> Figure:
-    """Rows of images by name, as many in each: what becomes of an image stands below it.
+    """Rows of images by name, as many in each: what is made of an image stands below it.
 
     Args:
         rows: by the name that stands beside each, its images, (C, H, W) each.
