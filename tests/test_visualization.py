@@ -7,7 +7,7 @@ from matplotlib.text import Text
 
 from wejepa.analysis import visualization
 from wejepa.config import MaskConfig
-from wejepa.masking import sample_block_masks
+from wejepa.masking import Masks, sample_block_masks
 
 GRID = (8, 8)
 SCORES = {"mean": 0.81, "layers": 0.9, "grid": 0.87, "knn": 0.7}
@@ -101,6 +101,14 @@ def test_masks_hide_in_that_tint():
     seen = torch.as_tensor(visualization.plot_masks(images, masks, GRID).axes[2].images[0].get_array())  # second row, first column
     hidden = (seen == torch.tensor(visualization.HIDDEN)).all(-1)
     assert int(hidden.sum()) == (64 - masks.context.shape[1]) * 16
+
+
+def test_blocks_that_coincide_have_frames_of_their_own():
+    block = torch.tensor([[9, 10, 17, 18]]).expand(1, 4, 4)
+    fig = visualization.plot_masks(random(1, 1, 32, 32), Masks(torch.tensor([[0, 1]]), block), GRID)
+    frames = [patch.get_bbox() for patch in fig.axes[2].patches]
+    assert len({frame.x0 for frame in frames}) == 4  # one inside another
+    assert all(3.5 <= frame.x0 < 5.5 and 9.5 < frame.x1 <= 11.5 for frame in frames)  # and less than half a patch inside the block
 
 
 def test_attention_that_is_compared_has_one_scale():

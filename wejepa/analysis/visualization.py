@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -197,9 +198,25 @@ def plot_rows(rows: Mapping[str, Sequence[Tensor]], *, side: float = 1.2, titles
     return fig
 
 
+def _frame_block(ax: Axes, block: int, row: Tensor, col: Tensor, patch: tuple[float, float]) -> None:
+    """Frame the block of that number, whose patches lie at `row` and `col`; `patch` is the height and width of one, in pixels.
+
+    Each frame lies a little further in than the one before it: blocks may share an edge, or be the same, and one would hide the other.
+    """
+    high, wide = patch
+    inset = 0.12 * (block % 4)  # in patches
+    corner = ((float(col.min()) + inset) * wide - 0.5, (float(row.min()) + inset) * high - 0.5)
+    size = ((float(col.max() - col.min() + 1) - 2 * inset) * wide, (float(row.max() - row.min() + 1) - 2 * inset) * high)
+    colour = PALETTE[(block + 1) % len(PALETTE)]
+    ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.4))
+
+
 @figure
 def plot_masks(images: Tensor, masks: Masks, grid_size: tuple[int, int], *, title: str = "What is seen, what is asked") -> Figure:
-    """For each image (B, C, H, W): the whole, what the student sees, and the target blocks it must predict."""
+    """For each image (B, C, H, W): the whole, what the student sees, and the target blocks it must predict.
+
+    Frames of several blocks lie one inside another, so that none hides another.
+    """
     columns, masks = len(images), masks.to("cpu")
     fig, axes = _canvas(3, columns, 1.5, beside=0.5)
     high, wide = images.shape[-2] / grid_size[0], images.shape[-1] / grid_size[1]
@@ -211,11 +228,7 @@ def plot_masks(images: Tensor, masks: Masks, grid_size: tuple[int, int], *, titl
         axes[1, column].imshow(visible)
         axes[2, column].imshow(0.35 * picture + 0.65)
         for block, target in enumerate(masks.targets[column]):
-            row, col = target // grid_size[1], target % grid_size[1]
-            corner = (float(col.min()) * wide - 0.5, float(row.min()) * high - 0.5)
-            size = (float(col.max() - col.min() + 1) * wide, float(row.max() - row.min() + 1) * high)
-            colour = PALETTE[(block + 1) % len(PALETTE)]
-            axes[2, column].add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.8))
+            _frame_block(axes[2, column], block, target // grid_size[1], target % grid_size[1], (high, wide))
     for row, name in enumerate(
         ("image", f"context\n({masks.context.shape[1]} patches)", f"targets\n({masks.targets.shape[1]} blocks of {masks.targets.shape[2]})")
     ):
@@ -235,11 +248,7 @@ def plot_mask_steps(image: Tensor, steps: Mapping[str, tuple[Tensor, Sequence[Te
         high, wide = image.shape[-2] / grid_size[0], image.shape[-1] / grid_size[1]
         ax.imshow(to_picture(hide(image[None], keep, grid_size)[0]))
         for k, block in enumerate(blocks):
-            row, col = block.nonzero().unbind(1)
-            corner = (int(col.min()) * wide - 0.5, int(row.min()) * high - 0.5)
-            size = (int(col.max() - col.min() + 1) * wide, int(row.max() - row.min() + 1) * high)
-            colour = PALETTE[(k + 1) % len(PALETTE)]
-            ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.8))
+            _frame_block(ax, k, *block.nonzero().unbind(1), (high, wide))
         ax.set_title(name)
     fig.suptitle(title)
     return fig
