@@ -41,6 +41,9 @@ FIGURES = {
         random(1, 32, 32), {f"{k} · a step\nof 64": (random(8, 8) > 0.5, [random(8, 8) > 0.9] * 4) for k in range(5)}
     ),
     "plot_masks": lambda f: f(random(6, 1, 32, 32), sample_block_masks(6, GRID, MaskConfig()), GRID),
+    "plot_panels": lambda f: f(
+        {name: {f"objective {i}": ([1, 2], [i, 2]) for i in range(10)} for name in ("mean", "k-NN", "grid")}, x="s", y="accuracy", title="T"
+    ),
     "plot_patches": lambda f: f(random(3, 32, 32), 4, title="Title"),
     "plot_queries": lambda f: f(random(5, 3, 32, 32), {"trained": random(5, 64), "random": random(5, 64)}, GRID, [3, 9, 27, 40, 63]),
     "plot_rows": lambda f: f({"image": random(8, 1, 32, 32), "imagined": random(8, 1, 32, 32)}, titles=["a", "b"], title="Title"),
@@ -234,6 +237,16 @@ def test_comparison_has_whiskers_where_they_are_given():
     spans = [[round(float(end), 6) for end in line.get_segments()[0][:, 1]] for line in fig.axes[0].collections]
     assert spans[0] == [40, 60] and fig.axes[0].get_ylim() == (0, 100) and not plt.fignum_exists(fig.number)
     assert not visualization.plot_comparison(rows).axes[0].collections
+
+
+def test_a_name_looks_the_same_in_every_panel():
+    one, other = ([1, 2], [0.1, 0.2]), ([5, 9], [0.3, 0.4])
+    fig = visualization.plot_panels({"left": {"a": one, "b": other}, "right": {"b": one}}, x="seconds", y="accuracy")
+    left, right = fig.axes
+    assert [line.get_xydata().tolist() for line in left.lines] == [[[1, 0.1], [2, 0.2]], [[5, 0.3], [9, 0.4]]]
+    assert right.lines[0].get_color() == left.lines[1].get_color() != left.lines[0].get_color()
+    assert [text.get_text() for text in fig.legends[0].texts] == ["a", "b"]
+    assert [ax.get_title() for ax in fig.axes] == ["left", "right"]
 
 
 def test_more_than_can_be_told_apart_is_refused_and_ten_curves_differ():

@@ -39,6 +39,7 @@ __all__ = [
     "plot_maps",
     "plot_mask_steps",
     "plot_masks",
+    "plot_panels",
     "plot_patches",
     "plot_queries",
     "plot_rows",
@@ -595,6 +596,26 @@ def plot_curves(
     ax.set(xlabel=x, ylabel=y, title=title, ylim=(0, None))
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
+    return fig
+
+
+@figure
+def plot_panels(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, x: str, y: str, title: str = "") -> Figure:
+    """Two panels in a row, each with lines by name: their x values and their y values. A name looks the same in all panels."""
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    styles = dict(zip(names, line_styles(names), strict=True))
+    rows = -(-len(panels) // 2)
+    fig, axes = plt.subplots(rows, 2, figsize=(WIDTH, 2.3 * rows + 0.5), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for ax, (panel, lines) in zip(axes.flat, panels.items(), strict=False):
+        for name, (x_values, y_values) in lines.items():
+            ax.plot(x_values, y_values, label=name, **styles[name])
+        ax.set(title=panel, xlabel=x, ylabel=y)
+        ax.grid(alpha=0.3)
+    handles = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    fig.suptitle(title)
     return fig
 
 
