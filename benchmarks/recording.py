@@ -21,14 +21,18 @@ def write_recording(file: Path, module: str, machine: str, runs: list[dict[str, 
 
 
 def command_line(
-    module: str, about: str, run: Command, merge: Command, seeds: Sequence[int]
+    module: str, about: str, run: Command, merge: Command, seeds: Sequence[int], **others: Command
 ) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """A parser with the commands `run`, which makes what is not there yet, and `merge`; and the one of `run`, for more options."""
+    """A parser with the commands `run`, which makes what is not there yet, `merge`, and others by name; and the one of `run`, for more
+    options.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="make the runs that are not there yet")
     runner.add_argument("--seeds", type=int, nargs="+", default=seeds)
     runner.set_defaults(function=run)
+    for name, function in others.items():
+        commands.add_parser(name, help=function.__doc__.splitlines()[0]).set_defaults(function=function)
     merger = commands.add_parser("merge", help="put all runs into the file that ships")
     merger.add_argument("--machine", default="one core of an AMD EPYC, bfloat16", help="where the runs were made")
     merger.set_defaults(function=merge)

@@ -7,7 +7,7 @@ from matplotlib.text import Text
 
 from wejepa.analysis import visualization
 from wejepa.config import MaskConfig
-from wejepa.masking import sample_block_masks
+from wejepa.masking import Masks, sample_block_masks
 
 GRID = (8, 8)
 SCORES = {"mean": 0.81, "layers": 0.9, "grid": 0.87, "knn": 0.7}
@@ -41,6 +41,9 @@ FIGURES = {
         random(1, 32, 32), {f"{k} · a step\nof 64": (random(8, 8) > 0.5, [random(8, 8) > 0.9] * 4) for k in range(5)}
     ),
     "plot_masks": lambda f: f(random(6, 1, 32, 32), sample_block_masks(6, GRID, MaskConfig()), GRID),
+    "plot_panels": lambda f: f(
+        {name: {f"objective {i}": ([1, 2], [i, 2]) for i in range(10)} for name in ("mean", "k-NN", "grid")}, x="s", y="accuracy", title="T"
+    ),
     "plot_patches": lambda f: f(random(3, 32, 32), 4, title="Title"),
     "plot_queries": lambda f: f(random(5, 3, 32, 32), {"trained": random(5, 64), "random": random(5, 64)}, GRID, [3, 9, 27, 40, 63]),
     "plot_rows": lambda f: f({"image": random(8, 1, 32, 32), "imagined": random(8, 1, 32, 32)}, titles=["a", "b"], title="Title"),
@@ -101,6 +104,14 @@ def test_masks_hide_in_that_tint():
     seen = torch.as_tensor(visualization.plot_masks(images, masks, GRID).axes[2].images[0].get_array())  # second row, first column
     hidden = (seen == torch.tensor(visualization.HIDDEN)).all(-1)
     assert int(hidden.sum()) == (64 - masks.context.shape[1]) * 16
+
+
+def test_blocks_that_coincide_have_frames_of_their_own():
+    block = torch.tensor([[9, 10, 17, 18]]).expand(1, 4, 4)
+    fig = visualization.plot_masks(random(1, 1, 32, 32), Masks(torch.tensor([[0, 1]]), block), GRID)
+    frames = [patch.get_bbox() for patch in fig.axes[2].patches]
+    assert len({frame.x0 for frame in frames}) == 4  # one inside another
+    assert all(3.5 <= frame.x0 < 5.5 and 9.5 < frame.x1 <= 11.5 for frame in frames)  # and less than half a patch inside the block
 
 
 def test_attention_that_is_compared_has_one_scale():
@@ -188,6 +199,12 @@ def test_maps_share_a_scale_unless_told_otherwise():
     assert [ax.images[0].get_clim() for ax in own.axes[:2]] == [(0, 1), (2, 5)]
 
 
+def test_maps_of_blocks_have_their_names_and_lines_between_them():
+    ax = visualization.plot_maps({"one": torch.rand(6, 6)}, blocks=["cat", "dog", "emu"]).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["cat", "dog", "emu"] and list(ax.get_xticks()) == [0.5, 2.5, 4.5]
+    assert sorted(line.get_ydata()[0] for line in ax.lines if line.get_ydata()[0] == line.get_ydata()[1]) == [1.5, 3.5]
+
+
 def test_similarity_maps_are_laid_out_as_the_grid_is():
     similarity = torch.rand(6, 6)
     fig = visualization.plot_similarity_maps({"one": similarity}, (2, 3))
@@ -226,6 +243,16 @@ def test_comparison_has_whiskers_where_they_are_given():
     spans = [[round(float(end), 6) for end in line.get_segments()[0][:, 1]] for line in fig.axes[0].collections]
     assert spans[0] == [40, 60] and fig.axes[0].get_ylim() == (0, 100) and not plt.fignum_exists(fig.number)
     assert not visualization.plot_comparison(rows).axes[0].collections
+
+
+def test_a_name_looks_the_same_in_every_panel():
+    one, other = ([1, 2], [0.1, 0.2]), ([5, 9], [0.3, 0.4])
+    fig = visualization.plot_panels({"left": {"a": one, "b": other}, "right": {"b": one}}, x="seconds", y="accuracy")
+    left, right = fig.axes
+    assert [line.get_xydata().tolist() for line in left.lines] == [[[1, 0.1], [2, 0.2]], [[5, 0.3], [9, 0.4]]]
+    assert right.lines[0].get_color() == left.lines[1].get_color() != left.lines[0].get_color()
+    assert [text.get_text() for text in fig.legends[0].texts] == ["a", "b"]
+    assert [ax.get_title() for ax in fig.axes] == ["left", "right"]
 
 
 def test_more_than_can_be_told_apart_is_refused_and_ten_curves_differ():
@@ -267,13 +294,18 @@ def test_confusion_is_coloured_by_the_row_and_bears_an_empty_class():
     assert [t.get_text() for t in ax.get_yticklabels()] == ["one", "none", "other"]
 
 
-def test_histories_of_one_name_share_a_colour_and_one_entry_of_the_legend():
-    history = [{"step": s, "loss": v, "teacher_variance": 0.5, "rankme": 8, "knn": 0.1} for s, v in ((0, float("nan")), (9, 0.2))]
-    fig = visualization.plot_histories({"one": [history, history], "other": [history]})
+def test_histories_of_one_name_are_a_median_and_a_band():
+    history, higher = (
+        [{"step": s, "loss": v, "teacher_variance": 0.5, "rankme": 8, "knn": 0.1} for s, v in ((0, float("nan")), (9, end))]
+        for end in (0.2, 0.4)
+    )
+    fig = visualization.plot_histories({"one": [history, higher], "other": [history]})
     assert not plt.fignum_exists(fig.number) and len(fig.axes) == 4
-    first, second, third = fig.axes[0].lines
-    assert first.get_color() == second.get_color() != third.get_color()
-    assert list(first.get_xdata()) == [0, 9] and first.get_ydata()[1] == 0.2 and fig.axes[0].get_yscale() == "log"
+    first, second = fig.axes[0].lines
+    assert first.get_color() != second.get_color()
+    assert list(first.get_xdata()) == [0, 9] and first.get_ydata()[1] == pytest.approx(0.3) and fig.axes[0].get_yscale() == "log"
+    edge = fig.axes[0].collections[0].get_paths()[0].vertices
+    assert edge[:, 1].min() == 0.2 and edge[:, 1].max() == 0.4
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["one", "other"]
 
 

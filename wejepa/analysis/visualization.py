@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "plot_maps",
     "plot_mask_steps",
     "plot_masks",
+    "plot_panels",
     "plot_patches",
     "plot_queries",
     "plot_rows",
@@ -197,9 +199,25 @@ def plot_rows(rows: Mapping[str, Sequence[Tensor]], *, side: float = 1.2, titles
     return fig
 
 
+def _frame_block(ax: Axes, block: int, row: Tensor, col: Tensor, patch: tuple[float, float]) -> None:
+    """Frame the block of that number, whose patches lie at `row` and `col`; `patch` is the height and width of one, in pixels.
+
+    Each frame lies a little further in than the one before it: blocks may share an edge, or be the same, and one would hide the other.
+    """
+    high, wide = patch
+    inset = 0.12 * (block % 4)  # in patches
+    corner = ((float(col.min()) + inset) * wide - 0.5, (float(row.min()) + inset) * high - 0.5)
+    size = ((float(col.max() - col.min() + 1) - 2 * inset) * wide, (float(row.max() - row.min() + 1) - 2 * inset) * high)
+    colour = PALETTE[(block + 1) % len(PALETTE)]
+    ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.4))
+
+
 @figure
 def plot_masks(images: Tensor, masks: Masks, grid_size: tuple[int, int], *, title: str = "What is seen, what is asked") -> Figure:
-    """For each image (B, C, H, W): the whole, what the student sees, and the target blocks it must predict."""
+    """For each image (B, C, H, W): the whole, what the student sees, and the target blocks it must predict.
+
+    Frames of several blocks lie one inside another, so that none hides another.
+    """
     columns, masks = len(images), masks.to("cpu")
     fig, axes = _canvas(3, columns, 1.5, beside=0.5)
     high, wide = images.shape[-2] / grid_size[0], images.shape[-1] / grid_size[1]
@@ -211,11 +229,7 @@ def plot_masks(images: Tensor, masks: Masks, grid_size: tuple[int, int], *, titl
         axes[1, column].imshow(visible)
         axes[2, column].imshow(0.35 * picture + 0.65)
         for block, target in enumerate(masks.targets[column]):
-            row, col = target // grid_size[1], target % grid_size[1]
-            corner = (float(col.min()) * wide - 0.5, float(row.min()) * high - 0.5)
-            size = (float(col.max() - col.min() + 1) * wide, float(row.max() - row.min() + 1) * high)
-            colour = PALETTE[(block + 1) % len(PALETTE)]
-            axes[2, column].add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.8))
+            _frame_block(axes[2, column], block, target // grid_size[1], target % grid_size[1], (high, wide))
     for row, name in enumerate(
         ("image", f"context\n({masks.context.shape[1]} patches)", f"targets\n({masks.targets.shape[1]} blocks of {masks.targets.shape[2]})")
     ):
@@ -235,11 +249,7 @@ def plot_mask_steps(image: Tensor, steps: Mapping[str, tuple[Tensor, Sequence[Te
         high, wide = image.shape[-2] / grid_size[0], image.shape[-1] / grid_size[1]
         ax.imshow(to_picture(hide(image[None], keep, grid_size)[0]))
         for k, block in enumerate(blocks):
-            row, col = block.nonzero().unbind(1)
-            corner = (int(col.min()) * wide - 0.5, int(row.min()) * high - 0.5)
-            size = (int(col.max() - col.min() + 1) * wide, int(row.max() - row.min() + 1) * high)
-            colour = PALETTE[(k + 1) % len(PALETTE)]
-            ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.8))
+            _frame_block(ax, k, *block.nonzero().unbind(1), (high, wide))
         ax.set_title(name)
     fig.suptitle(title)
     return fig
@@ -266,8 +276,8 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
     """Loss (logarithmic), teacher variance, RankMe and nearest-neighbour accuracy over the steps of several runs.
 
     Args:
-        runs: by name one or more histories, drawn in one colour: lists of dicts with step, loss, teacher_variance, rankme, knn, where a
-            loss may be NaN.
+        runs: by name one or more histories measured after the same steps, drawn as their median and a band from the smallest to the
+            largest: lists of dicts with step, loss, teacher_variance, rankme, knn, where a loss may be NaN.
         title: above the figure.
     """
     panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
@@ -275,14 +285,16 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
     fig, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), layout="constrained")
     for ax, (key, name) in zip(axes.flat, panels, strict=True):
         for (run, histories), style in zip(runs.items(), styles, strict=True):
-            for i, history in enumerate(histories):
-                values = [entry[key] for entry in history]
-                label = run if i == 0 else None
-                ax.plot([e["step"] for e in history], values, markersize=3, label=label, **style)
-        ax.set(title=name, xlabel="step")
+            steps = [entry["step"] for entry in histories[0]]
+            values = np.array([[entry[key] for entry in history] for history in histories], dtype=float)  # (runs, steps)
+            ax.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
+            ax.plot(steps, np.median(values, 0), markersize=3, label=run, **style)
+        ax.set_xscale("symlog", linthresh=10)  # most happens in the first steps
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.set(title=name, xlabel="step", xlim=(0, None))
         ax.grid(alpha=0.3)
     axes[0, 0].set_yscale("log")
-    for ax in axes.flat[1:]:
+    for ax in axes.flat[1:3]:
         ax.set_ylim(0, None)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     fig.suptitle(title)
@@ -590,6 +602,26 @@ def plot_curves(
 
 
 @figure
+def plot_panels(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, x: str, y: str, title: str = "") -> Figure:
+    """Two panels in a row, each with lines by name: their x values and their y values. A name looks the same in all panels."""
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    styles = dict(zip(names, line_styles(names), strict=True))
+    rows = -(-len(panels) // 2)
+    fig, axes = plt.subplots(rows, 2, figsize=(WIDTH, 2.3 * rows + 0.5), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for ax, (panel, lines) in zip(axes.flat, panels.items(), strict=False):
+        for name, (x_values, y_values) in lines.items():
+            ax.plot(x_values, y_values, label=name, **styles[name])
+        ax.set(title=panel, xlabel=x, ylabel=y)
+        ax.grid(alpha=0.3)
+    handles = {label: handle for ax in fig.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    fig.suptitle(title)
+    return fig
+
+
+@figure
 def plot_maps(
     maps: dict[str, Tensor],
     *,
@@ -597,6 +629,7 @@ def plot_maps(
     shared: bool = True,
     numbers: str = "",
     limits: tuple[float, float] | None = None,
+    blocks: Sequence[str] = (),
     title: str = "",
 ) -> Figure:
     """Maps (H, W) over a token grid side by side, with colour bars.
@@ -607,6 +640,7 @@ def plot_maps(
         shared: one scale for all, with one bar; otherwise each has its own.
         numbers: a format such as ".0f" to write every value into its cell.
         limits: the scale's ends, by default the smallest and the largest value.
+        blocks: names of equal blocks that rows and columns consist of, with lines between them.
         title: above the figure.
     """
     maps = {name: values.detach().float().cpu() for name, values in maps.items()}
@@ -623,12 +657,23 @@ def plot_maps(
         ):
             ink = "white" if value < (low + high) / 2 else "black"
             ax.text(col, row, format(value, numbers), ha="center", va="center", color=ink, fontsize=7)
-        ax.set(title=name, xlabel="column")
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.set_title(name)
+        if blocks:
+            size = len(values) / len(blocks)
+            middles = [(i + 0.5) * size - 0.5 for i in range(len(blocks))]
+            ax.set_xticks(middles, blocks, rotation=45, ha="right")
+            ax.set_yticks(middles, blocks if ax is axes[0, 0] else [])
+            for i in range(1, len(blocks)):
+                ax.axhline(i * size - 0.5, color="white", linewidth=0.6)
+                ax.axvline(i * size - 0.5, color="white", linewidth=0.6)
+        else:
+            ax.set_xlabel("column")
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         if not shared:
             fig.colorbar(drawn, ax=ax, shrink=0.8, label=label)
-    axes[0, 0].set_ylabel("row")
+    if not blocks:
+        axes[0, 0].set_ylabel("row")
     if shared:
         fig.colorbar(drawn, ax=list(axes[0]), shrink=0.8, label=label)
     fig.suptitle(title)
