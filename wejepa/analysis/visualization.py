@@ -339,8 +339,12 @@ def plot_comparison(
 
 @figure
 def plot_bands(x_values: Sequence[float], curves: dict[str, Tensor], *, x: str, y: str, title: str = "") -> Figure:
-    """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten."""
-    styles = line_styles(curves)
+    """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten.
+
+    Colours come in the order of `plot_comparison`, so that the same rows look the same in both.
+    """
+    colours = [*BAR_COLOURS, *(colour for colour in PALETTE if colour not in BAR_COLOURS)]
+    styles = [style | {"color": colour} for style, colour in zip(line_styles(curves), colours, strict=False)]
     fig, ax = plt.subplots(figsize=(WIDTH * 0.85, 3.1), layout="constrained")
     for (name, values), style in zip(curves.items(), styles, strict=True):
         values = torch.as_tensor(values).float().cpu()
@@ -510,17 +514,18 @@ def plot_correspondences(
 
 @figure
 def plot_tsne_embeddings(points: Tensor, labels: Tensor, classes: Sequence[str], *, title: str = "t-SNE of the features") -> Figure:
-    """A scatter of points (N, 2): each class (N,) has a colour, a marker, and its name at the median of its points."""
+    """A scatter of points (N, 2), both axes on one scale: each class (N,) has a colour, a marker, and its name at its points' median."""
     points, labels = points.cpu(), labels.cpu()
     fig, ax = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
     for i, name in enumerate(classes):
         own = points[labels == i]
         if len(own):
             colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-            ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, s=9, linewidths=0, label=name)
+            ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, s=14, linewidths=0.3, edgecolors="black", label=name)
             outline = [withStroke(linewidth=2.5, foreground="white")]  # readable on any point
             ax.text(*own.median(0).values.tolist(), name, fontsize=8, ha="center", va="center", path_effects=outline, zorder=3)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    ax.set_aspect("equal", adjustable="datalim")  # a distance means the same along both axes
     ax.set(xlabel="t-SNE 1", ylabel="t-SNE 2", title=title)
     return fig
 
