@@ -267,7 +267,7 @@ def test_more_than_can_be_told_apart_is_refused_and_ten_curves_differ():
         lambda: visualization.plot_curves([1, 2], curves | {"more": [1, 1]}, x="size", y="patches"),
         lambda: visualization.plot_bands([1, 10], bands | {"more": torch.ones(1, 2)}, x="labels", y="accuracy"),
         lambda: visualization.plot_histories({str(i): [one] for i in range(11)}),
-        lambda: visualization.plot_comparison({str(i): scores for i in range(6)}),
+        lambda: visualization.plot_comparison({str(i): scores for i in range(7)}),
     ):
         with pytest.raises(ValueError, match="can be told apart"):
             too_many()

@@ -53,7 +53,7 @@ __all__ = [
 CONTEXT, TARGET = "#0072B2", "#D55E00"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999", "#6A3D9A")
 MARKERS, LINES = "os^Dv*PX<>", ("-", "--", ":", "-.")
-BAR_COLOURS = (PALETTE[0], "#999999", PALETTE[4], PALETTE[2], PALETTE[3])
+BAR_COLOURS = (PALETTE[0], "#999999", PALETTE[4], PALETTE[2], PALETTE[3], PALETTE[5])
 HIDDEN = (150 / 255, 178 / 255, 209 / 255)  # red, green, blue of a hidden patch: a tint that neither black nor white clothes have
 WIDTH = 6.5  # inches between a page's margins
 STYLE = {
@@ -258,7 +258,7 @@ def plot_mask_steps(image: Tensor, steps: Mapping[str, tuple[Tensor, Sequence[Te
 @figure
 def plot_history(history: list[dict[str, Any]], *, title: str = "Pretraining") -> Figure:
     """Loss, teacher variance, RankMe and nearest-neighbour accuracy over the epochs of a run's history."""
-    panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
+    panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN, as logged"))
     panels = [(key, name) for key, name in panels if history[0].get(key) is not None]
     fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH * len(panels) / 4, 2.2), squeeze=False, layout="constrained")
     epochs = [entry["epoch"] for entry in history]
@@ -308,7 +308,7 @@ def plot_comparison(
     *,
     title: str = "Test accuracy under one protocol",
 ) -> Figure:
-    """Bars for each row of a `Comparison`, one group for each way of reading the tokens.
+    """Bars for each row of a `Comparison`, one group for each way of reading the tokens; a row without one has no bar in its group.
 
     Args:
         rows: by the encoder's name, accuracies from 0 to 1.
@@ -321,9 +321,10 @@ def plot_comparison(
     _check_count(rows, len(BAR_COLOURS), "encoders")
     fig, ax = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
     width = 0.8 / len(rows)
-    for i, ((name, row), colour) in enumerate(zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True)):
+    present = {key: [name for name, row in rows.items() if key in row] for key, _ in groups}
+    for (name, row), colour in zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True):
         found = [(g, key) for g, (key, _) in enumerate(groups) if key in row]
-        at = [g + (i - (len(rows) - 1) / 2) * width for g, _ in found]
+        at = [g + (present[key].index(name) - (len(present[key]) - 1) / 2) * width for g, key in found]
         reach = [100 * whiskers[name][key] for _, key in found] if whiskers else None
         ends = {"capsize": 2, "elinewidth": 0.8}
         bars = ax.bar(at, [100 * row[key] for _, key in found], width * 0.92, yerr=reach, error_kw=ends, color=colour, label=name)
@@ -332,7 +333,7 @@ def plot_comparison(
             ax.text(*place, f"{bar.get_height():.1f}", ha="center", va="bottom", fontsize=7)
     ax.set_xticks(range(len(groups)), [name for _, name in groups])
     ax.set(ylabel="accuracy, %", ylim=(0, 100), title=title)
-    ax.legend(ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    ax.legend(ncols=min(len(rows), 4), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     return fig
 
 
