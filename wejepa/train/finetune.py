@@ -220,11 +220,15 @@ class Comparison:
         return float(ahead.mean()), low, high
 
     def table(self) -> str:
-        """The rows as a Markdown table, accuracies in percent; and how far the first is ahead of each other row, with its interval."""
-        lines = ["| " + " | ".join(["", *READINGS.values(), "training, s"]) + " |", "|---|" + "---:|" * (len(READINGS) + 1)]
+        """The rows as a Markdown table, accuracies in percent; and the seconds of training, where any row took some."""
+        timed = any(row["seconds"] for row in self.rows.values())
+        titles = [*READINGS.values(), *(["training, s"] if timed else [])]
+        lines = ["| " + " | ".join(["", *titles]) + " |", "|---|" + "---:|" * len(titles)]
         for name, row in self.rows.items():
-            scores = [f"{100 * row[key]:.1f}" if key in row else "-" for key in READINGS]
-            lines.append("| " + " | ".join([name, *scores, f"{row['seconds']:.0f}" if row["seconds"] else "-"]) + " |")
+            cells = [f"{100 * row[key]:.1f}" if key in row else "-" for key in READINGS]
+            if timed:
+                cells.append(f"{row['seconds']:.0f}" if row["seconds"] else "-")
+            lines.append("| " + " | ".join([name, *cells]) + " |")
         return "\n".join(lines)
 
     def differences(self) -> str:
