@@ -1,5 +1,6 @@
 """Figures show what they are given, and are closed."""
 
+import matplotlib.colors as mcolors
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -263,7 +264,7 @@ def test_more_than_can_be_told_apart_is_refused_and_ten_curves_differ():
         lambda: visualization.plot_curves([1, 2], curves | {"more": [1, 1]}, x="size", y="patches"),
         lambda: visualization.plot_bands([1, 10], bands | {"more": torch.ones(1, 2)}, x="labels", y="accuracy"),
         lambda: visualization.plot_histories({str(i): [one] for i in range(11)}),
-        lambda: visualization.plot_comparison({str(i): scores for i in range(6)}),
+        lambda: visualization.plot_comparison({str(i): scores for i in range(7)}),
     ):
         with pytest.raises(ValueError, match="can be told apart"):
             too_many()
@@ -278,6 +279,20 @@ def test_bands_hold_their_lines():
     assert list(ax.lines[0].get_ydata()) == [2, 5] and [t.get_text() for t in ax.get_xticklabels()] == ["10", "100"]
     edge = ax.collections[0].get_paths()[0].vertices
     assert edge[:, 1].min() == 1 and edge[:, 1].max() == 6
+
+
+def test_the_same_rows_have_the_same_colours_as_bars_and_as_bands():
+    names = ["teacher", "random encoder", "raw pixels"]
+    bars = visualization.plot_comparison({name: {"grid": 0.5} for name in names}).axes[0].containers
+    bands = visualization.plot_bands([10, 100], {name: torch.ones(2, 2) for name in names}, x="labels", y="accuracy").axes[0].lines
+    assert [bar[0].get_facecolor() for bar in bars] == [mcolors.to_rgba(line.get_color()) for line in bands]
+    assert [bar.get_label() for bar in bars] == [line.get_label() for line in bands] == names
+
+
+def test_a_plane_has_one_scale_for_both_axes():
+    points = torch.tensor([[-50.0, -1.0], [50.0, 1.0], [0.0, 0.0]])
+    ax = visualization.plot_tsne_embeddings(points, torch.tensor([0, 1, 1]), ["one", "other"]).axes[0]
+    assert ax.get_aspect() == 1 and ax.get_adjustable() == "datalim"
 
 
 def test_confusion_is_coloured_by_the_row_and_bears_an_empty_class():

@@ -53,7 +53,7 @@ __all__ = [
 CONTEXT, TARGET = "#0072B2", "#D55E00"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999", "#6A3D9A")
 MARKERS, LINES = "os^Dv*PX<>", ("-", "--", ":", "-.")
-BAR_COLOURS = (PALETTE[0], "#999999", PALETTE[4], PALETTE[2], PALETTE[3])
+BAR_COLOURS = (PALETTE[0], "#999999", PALETTE[4], PALETTE[2], PALETTE[3], PALETTE[5])
 HIDDEN = (150 / 255, 178 / 255, 209 / 255)  # red, green, blue of a hidden patch: a tint that neither black nor white clothes have
 WIDTH = 6.5  # inches between a page's margins
 STYLE = {
@@ -258,7 +258,7 @@ def plot_mask_steps(image: Tensor, steps: Mapping[str, tuple[Tensor, Sequence[Te
 @figure
 def plot_history(history: list[dict[str, Any]], *, title: str = "Pretraining") -> Figure:
     """Loss, teacher variance, RankMe and nearest-neighbour accuracy over the epochs of a run's history."""
-    panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
+    panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN, as logged"))
     panels = [(key, name) for key, name in panels if history[0].get(key) is not None]
     fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH * len(panels) / 4, 2.2), squeeze=False, layout="constrained")
     epochs = [entry["epoch"] for entry in history]
@@ -308,7 +308,7 @@ def plot_comparison(
     *,
     title: str = "Test accuracy under one protocol",
 ) -> Figure:
-    """Bars for each row of a `Comparison`, one group for each way of reading the tokens.
+    """Bars for each row of a `Comparison`, one group for each way of reading the tokens; a row without one has no bar in its group.
 
     Args:
         rows: by the encoder's name, accuracies from 0 to 1.
@@ -321,9 +321,10 @@ def plot_comparison(
     _check_count(rows, len(BAR_COLOURS), "encoders")
     fig, ax = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
     width = 0.8 / len(rows)
-    for i, ((name, row), colour) in enumerate(zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True)):
+    present = {key: [name for name, row in rows.items() if key in row] for key, _ in groups}
+    for (name, row), colour in zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True):
         found = [(g, key) for g, (key, _) in enumerate(groups) if key in row]
-        at = [g + (i - (len(rows) - 1) / 2) * width for g, _ in found]
+        at = [g + (present[key].index(name) - (len(present[key]) - 1) / 2) * width for g, key in found]
         reach = [100 * whiskers[name][key] for _, key in found] if whiskers else None
         ends = {"capsize": 2, "elinewidth": 0.8}
         bars = ax.bar(at, [100 * row[key] for _, key in found], width * 0.92, yerr=reach, error_kw=ends, color=colour, label=name)
@@ -332,14 +333,18 @@ def plot_comparison(
             ax.text(*place, f"{bar.get_height():.1f}", ha="center", va="bottom", fontsize=7)
     ax.set_xticks(range(len(groups)), [name for _, name in groups])
     ax.set(ylabel="accuracy, %", ylim=(0, 100), title=title)
-    ax.legend(ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    ax.legend(ncols=min(len(rows), 4), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     return fig
 
 
 @figure
 def plot_bands(x_values: Sequence[float], curves: dict[str, Tensor], *, x: str, y: str, title: str = "") -> Figure:
-    """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten."""
-    styles = line_styles(curves)
+    """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten.
+
+    Colours come in the order of `plot_comparison`, so that the same rows look the same in both.
+    """
+    colours = [*BAR_COLOURS, *(colour for colour in PALETTE if colour not in BAR_COLOURS)]
+    styles = [style | {"color": colour} for style, colour in zip(line_styles(curves), colours, strict=False)]
     fig, ax = plt.subplots(figsize=(WIDTH * 0.85, 3.1), layout="constrained")
     for (name, values), style in zip(curves.items(), styles, strict=True):
         values = torch.as_tensor(values).float().cpu()
@@ -504,17 +509,18 @@ def plot_correspondences(
 
 @figure
 def plot_tsne_embeddings(points: Tensor, labels: Tensor, classes: Sequence[str], *, title: str = "t-SNE of the features") -> Figure:
-    """A scatter of points (N, 2): each class (N,) has a colour, a marker, and its name at the median of its points."""
+    """A scatter of points (N, 2), both axes on one scale: each class (N,) has a colour, a marker, and its name at its points' median."""
     points, labels = points.cpu(), labels.cpu()
     fig, ax = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
     for i, name in enumerate(classes):
         own = points[labels == i]
         if len(own):
             colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-            ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, s=9, linewidths=0, label=name)
+            ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, s=14, linewidths=0.3, edgecolors="black", label=name)
             outline = [withStroke(linewidth=2.5, foreground="white")]  # readable on any point
             ax.text(*own.median(0).values.tolist(), name, fontsize=8, ha="center", va="center", path_effects=outline, zorder=3)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    ax.set_aspect("equal", adjustable="datalim")  # a distance means the same along both axes
     ax.set(xlabel="t-SNE 1", ylabel="t-SNE 2", title=title)
     return fig
 
