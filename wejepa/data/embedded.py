@@ -22,7 +22,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 # SHA-256 of each file, as scripts/make_assets.py prints them.
 SHA256 = {
     "chelsea.png": "9e0b1b03627c5cbbf8859bd325c5a019b11a71a3075c42229e6cbc4f938cf6ce",
-    "collapse.json": "41186404688ec5c60fa04aa3bfb40ce588cfa7cb6e4e2570d4edef00f5c8bfe1",
+    "collapse.json": "5a1cb5c541d26d4ca001bb8906c739d46df24e1cbb5f9536a33142d8f564ddb9",
     "emoji.csv": "395d7a545d4e34762d2526360b5c924dee3c5374770ca9d76bc1edeb3c59e5e2",
     "emoji.json": "b8c0c983c57132e9da27a834957222b75ce03a5c305c1d2ee23f9caeacfed0a2",
     "emoji.safetensors": "8ede4dfbadc56e3007c5c960061ad1a48f13ec50c31b76de746b5c67e6facf23",
