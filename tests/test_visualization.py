@@ -1,5 +1,6 @@
 """Figures show what they are given, and are closed."""
 
+import matplotlib.colors as mcolors
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -124,16 +125,12 @@ def test_attention_that_is_compared_has_one_scale():
     assert maps[0].images[-1].get_array().max() == pytest.approx(1)
 
 
-def test_attention_by_head_over_the_image_and_on_the_foreground_alone():
-    weights, foreground = attention(2, 3), torch.zeros(8, 8, dtype=torch.bool)
-    foreground[2:4] = True
-    fig = visualization.visualize_attention_scores(
-        random(1, 32, 32), weights, GRID, heads=True, overlay=True, foreground=foreground, layers=[1]
-    )
+def test_attention_by_head_over_the_image():
+    weights = attention(2, 3)
+    fig = visualization.visualize_attention_scores(random(1, 32, 32), weights, GRID, heads=True, overlay=True, layers=[1])
     assert [ax.get_ylabel() for ax in fig.axes[:6:2]] == ["head 1", "head 2", "head 3"]
     drawn = fig.axes[3].images  # the second head: the image, and its map above
     assert len(drawn) == 2 and drawn[1].get_alpha() < 1
-    assert drawn[1].get_array().mask.sum() == 48
     assert drawn[1].get_array()[2, 5] == pytest.approx(float(weights[1][1].mean(0)[2 * 8 + 5]) * 64)
 
 
@@ -282,6 +279,20 @@ def test_bands_hold_their_lines():
     assert list(ax.lines[0].get_ydata()) == [2, 5] and [t.get_text() for t in ax.get_xticklabels()] == ["10", "100"]
     edge = ax.collections[0].get_paths()[0].vertices
     assert edge[:, 1].min() == 1 and edge[:, 1].max() == 6
+
+
+def test_the_same_rows_have_the_same_colours_as_bars_and_as_bands():
+    names = ["teacher", "random encoder", "raw pixels"]
+    bars = visualization.plot_comparison({name: {"grid": 0.5} for name in names}).axes[0].containers
+    bands = visualization.plot_bands([10, 100], {name: torch.ones(2, 2) for name in names}, x="labels", y="accuracy").axes[0].lines
+    assert [bar[0].get_facecolor() for bar in bars] == [mcolors.to_rgba(line.get_color()) for line in bands]
+    assert [bar.get_label() for bar in bars] == [line.get_label() for line in bands] == names
+
+
+def test_a_plane_has_one_scale_for_both_axes():
+    points = torch.tensor([[-50.0, -1.0], [50.0, 1.0], [0.0, 0.0]])
+    ax = visualization.plot_tsne_embeddings(points, torch.tensor([0, 1, 1]), ["one", "other"]).axes[0]
+    assert ax.get_aspect() == 1 and ax.get_adjustable() == "datalim"
 
 
 def test_confusion_is_coloured_by_the_row_and_bears_an_empty_class():

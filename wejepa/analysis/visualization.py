@@ -339,8 +339,12 @@ def plot_comparison(
 
 @figure
 def plot_bands(x_values: Sequence[float], curves: dict[str, Tensor], *, x: str, y: str, title: str = "") -> Figure:
-    """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten."""
-    styles = line_styles(curves)
+    """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten.
+
+    Colours come in the order of `plot_comparison`, so that the same rows look the same in both.
+    """
+    colours = [*BAR_COLOURS, *(colour for colour in PALETTE if colour not in BAR_COLOURS)]
+    styles = [style | {"color": colour} for style, colour in zip(line_styles(curves), colours, strict=False)]
     fig, ax = plt.subplots(figsize=(WIDTH * 0.85, 3.1), layout="constrained")
     for (name, values), style in zip(curves.items(), styles, strict=True):
         values = torch.as_tensor(values).float().cpu()
@@ -382,7 +386,6 @@ def visualize_attention_scores(
     layers: Sequence[int] | None = None,
     heads: bool = False,
     overlay: bool = False,
-    foreground: Tensor | None = None,
     title: str = "",
 ) -> Figure:
     """Attention over an image, one heatmap a layer, averaged over the heads, all on one colour scale.
@@ -396,7 +399,6 @@ def visualize_attention_scores(
         layers: which layers, all by default.
         heads: a row for each head, instead of their mean.
         overlay: lay the maps over the image, which shows through.
-        foreground: (rows, columns) of the grid, true where attention is shown; elsewhere is the tint HIDDEN.
         title: above the figure.
     """
     encoders = attentions if isinstance(attentions, Mapping) else {"": attentions}
@@ -410,10 +412,7 @@ def visualize_attention_scores(
         for head in range(seen.shape[1]):
             of_head = f"head {head + 1}" if heads else ""
             maps[", ".join(filter(None, (name, of_head)))] = seen[:, head].view(-1, *grid_size)
-    if foreground is not None:
-        maps = {name: values.masked_fill(~foreground.bool().cpu(), torch.nan) for name, values in maps.items()}
-    largest = max(float(values.nan_to_num(0).max()) for values in maps.values())
-    colours = plt.get_cmap("cividis").with_extremes(bad=HIDDEN)
+    largest = max(float(values.max()) for values in maps.values())
 
     fig, axes = _canvas(len(maps), 1 + len(layers), 1.5, beside=1.0, above=0.5)
     picture, corners = to_picture(image), (-0.5, image.shape[-1] - 0.5, image.shape[-2] - 0.5, -0.5)
@@ -424,7 +423,7 @@ def visualize_attention_scores(
         for ax, heat in zip(line[1:], values, strict=True):
             if overlay:
                 ax.imshow(picture)
-            drawn = ax.imshow(heat, cmap=colours, vmin=0, vmax=largest, extent=corners, alpha=0.7 if overlay else 1)
+            drawn = ax.imshow(heat, cmap="cividis", vmin=0, vmax=largest, extent=corners, alpha=0.7 if overlay else 1)
     for ax, text in zip(axes[0], ("image", *(f"layer {k % depth + 1}" for k in layers)), strict=True):
         ax.set_title(text)
     fig.colorbar(
@@ -510,17 +509,18 @@ def plot_correspondences(
 
 @figure
 def plot_tsne_embeddings(points: Tensor, labels: Tensor, classes: Sequence[str], *, title: str = "t-SNE of the features") -> Figure:
-    """A scatter of points (N, 2): each class (N,) has a colour, a marker, and its name at the median of its points."""
+    """A scatter of points (N, 2), both axes on one scale: each class (N,) has a colour, a marker, and its name at its points' median."""
     points, labels = points.cpu(), labels.cpu()
     fig, ax = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
     for i, name in enumerate(classes):
         own = points[labels == i]
         if len(own):
             colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-            ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, s=9, linewidths=0, label=name)
+            ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, s=14, linewidths=0.3, edgecolors="black", label=name)
             outline = [withStroke(linewidth=2.5, foreground="white")]  # readable on any point
             ax.text(*own.median(0).values.tolist(), name, fontsize=8, ha="center", va="center", path_effects=outline, zorder=3)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    ax.set_aspect("equal", adjustable="datalim")  # a distance means the same along both axes
     ax.set(xlabel="t-SNE 1", ylabel="t-SNE 2", title=title)
     return fig
 

@@ -53,7 +53,7 @@ class FinetuneConfig(Section):
     """How features are judged."""
 
     checkpoint: str = setting(
-        "outputs/pretrain/latest.pt", "checkpoint of wejepa.train.pretrain, or the name of a model that ships: fashion"
+        "outputs/pretrain/latest.pt", "checkpoint of wejepa.train.pretrain, or the name of a model that ships: fashion, emoji"
     )
     encoder: str = setting("teacher", "teacher, as in the paper, or student")
     pooling: str = setting("mean", "what the probe reads: mean of the last layer's tokens, layers (of each layer's), or grid (4 x 4 cells)")
