@@ -43,9 +43,9 @@ RESULTS = Path(__file__).resolve().parent / "objectives"
 MERGED = ROOT / "wejepa" / "assets" / "objectives.json"
 CALIBRATION = RESULTS / "calibration.json"
 SETS, SEEDS, PARTS = ("fashion_mnist_mini", "emoji"), (0, 1, 2, 3, 4), ("trials", "main", "ablations", "references")
-BUDGET = 800  # steps of I-JEPA
+BUDGET = 400  # steps of I-JEPA
 RATES = (7.5e-4, 1.5e-3, 3e-3)
-LABELS, DRAWS = (50, 1000), 3  # labelled images of each class; no class has more than 1,000, so that is all of them
+DRAWS = {50: 3, 500: 1}  # draws of so many labelled images of each class; emoji's classes have 136 to 618
 SOME_LABELS = 200  # of each class, for the trials and for readings on the way
 
 
@@ -134,12 +134,14 @@ def judge_of_trials(dataset: str) -> Judge:
 
 def right_of(encoder: nn.Module, dataset: str) -> dict[str, dict[str, str]]:
     """For each "labels/draw" and reading, which test images are classified rightly, as `benchmarks.evidence` keeps it."""
-    row = evidence.Row("", lambda judge, seed: judge.features(encoder, ("mean", "grid")))
-    return judged_row(row, dataset, 0)
+    return judged(judge_of(dataset).features(encoder, ("mean", "grid")), dataset)
 
 
-def judged_row(row: evidence.Row, dataset: str, seed: int) -> dict[str, dict[str, str]]:
-    return evidence.judged(row, judge_of(dataset), seed, LABELS, DRAWS)
+def judged(features: evidence.Features, dataset: str) -> dict[str, dict[str, str]]:
+    row, found = evidence.Row("", lambda judge, seed: features), {}
+    for labels, draws in DRAWS.items():
+        found |= evidence.judged(row, judge_of(dataset), 0, (labels,), draws)
+    return found
 
 
 def encoders_of(objective: nn.Module) -> dict[str, nn.Module]:
@@ -171,13 +173,13 @@ def chosen_rate(dataset: str, objective: str) -> float:
     return max(found, key=lambda result: max(statistics.mean(scores.values()) for scores in result["scores"].values()))["rate"]
 
 
-def trained(dataset: str, objective: str, kind: type, seed: int, judged: tuple[str, ...], settings: Any = None) -> Result:
-    """A whole run at the chosen rate; judged on the way, and at its end of its encoders those of the names."""
+def trained(dataset: str, objective: str, kind: type, seed: int, encoders: tuple[str, ...], settings: Any = None) -> Result:
+    """A whole run at the chosen rate; judged on the way, and at its end those of its encoders that are named."""
     names = definitions(dataset)
     steps, rate = steps_of(dataset, objective), chosen_rate(dataset, objective)
     options = {} if settings is None else {"settings": settings}
     model, history = names["run"](kind, seed, steps, rate, names["images"], judge_of(dataset, SOME_LABELS), **options)
-    right = {name: right_of(encoder, dataset) for name, encoder in encoders_of(model).items() if name in judged}
+    right = {name: right_of(encoder, dataset) for name, encoder in encoders_of(model).items() if name in encoders}
     return {"set": dataset, "objective": objective, "seed": seed, "steps": steps, "rate": rate, "history": history, "right": right}
 
 
@@ -186,7 +188,7 @@ def main_run(dataset: str, objective: str, seed: int) -> Result:
     return {"kind": "main"} | trained(dataset, objective, kind, seed, ("student", "teacher"))
 
 
-def random_blocks(batch_size: int, grid_size: tuple[int, int], cfg: Any, generator: torch.Generator) -> Masks:
+def random_patches(batch_size: int, grid_size: tuple[int, int], cfg: Any, generator: torch.Generator) -> Masks:
     """As many single patches as context and as targets, 60 % of the grid, at random."""
     count = grid_size[0] * grid_size[1]
     order = torch.rand(batch_size, count, generator=generator).argsort(1)
@@ -221,7 +223,7 @@ def context(share_seen: float) -> Callable[[Any], None]:
 ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Any], None]]] = {
     "published sampler": ({"sample_masks": lambda: staticmethod(published_masks())}, lambda mask: None),
     "one large block": ({}, one_block),
-    "random patches": ({"sample_masks": lambda: staticmethod(random_blocks)}, lambda mask: None),
+    "random patches": ({"sample_masks": lambda: staticmethod(random_patches)}, lambda mask: None),
     "context 0.2": ({}, context(0.2)),
     "context 0.5": ({}, context(0.5)),
     "no crops": ({"crop_scale": lambda: (1.0, 1.0)}, lambda mask: None),
@@ -248,7 +250,7 @@ def reference(dataset: str, row: str, seed: int) -> Result:
         right = right_of(untrained(cfg).teacher_encoder, dataset)
     else:
         features = {"raw pixels": evidence.pixels, "k-means of patches": evidence.k_means_patches}[row]
-        right = judged_row(evidence.Row(row, features), dataset, seed)
+        right = judged(features(judge_of(dataset), seed), dataset)
     return {"kind": "reference", "set": dataset, "row": row, "seed": seed, "right": {"student": right}}
 
 
@@ -256,25 +258,17 @@ def trial_file(dataset: str, objective: str, rate: float) -> Path:
     return RESULTS / f"trial-{dataset}-{objective}-{rate:g}.json"
 
 
-def queue(seeds: tuple[int, ...]) -> Iterator[tuple[str, Path, Callable[[], Result]]]:
+Run = tuple[str, Path, Callable[[], Result]]
+
+
+def queue(seeds: tuple[int, ...]) -> Iterator[Run]:
     """All runs: which part they belong to, their file, and what makes them; useful wherever it is cut."""
-    objectives = list(definitions(SETS[0])["objectives"])
-    for dataset in SETS:
-        for objective in objectives:
-            for rate in RATES:
-                yield "trials", trial_file(dataset, objective, rate), functools.partial(trial, dataset, objective, rate)
-
-    def main_runs(seed: int) -> Iterator[tuple[str, Path, Callable[[], Result]]]:
-        for dataset in SETS:
-            for objective in objectives:
-                file = RESULTS / f"main-{dataset}-{objective}-{seed}.json"
-                yield "main", file, functools.partial(main_run, dataset, objective, seed)
-
     first, later = seeds[:3], seeds[3:]
-    for seed in first:
-        yield from main_runs(seed)
-    for row in ("random", "raw pixels", "k-means of patches"):
-        for dataset in SETS:
+    for dataset in SETS:
+        yield from trials(dataset)
+        for seed in first:
+            yield from main_runs(dataset, seed)
+        for row in ("random", "raw pixels", "k-means of patches"):
             for seed in seeds if row == "random" else seeds[:1]:
                 file = RESULTS / f"reference-{dataset}-{row.replace(' ', '-')}-{seed}.json"
                 yield "references", file, functools.partial(reference, dataset, row, seed)
@@ -283,7 +277,20 @@ def queue(seeds: tuple[int, ...]) -> Iterator[tuple[str, Path, Callable[[], Resu
             file = RESULTS / f"ablation-{variant.replace(' ', '-')}-{seed}.json"
             yield "ablations", file, functools.partial(ablation, variant, seed)
     for seed in later:
-        yield from main_runs(seed)
+        for dataset in SETS:
+            yield from main_runs(dataset, seed)
+
+
+def trials(dataset: str) -> Iterator[Run]:
+    for objective in definitions(dataset)["objectives"]:
+        for rate in RATES:
+            yield "trials", trial_file(dataset, objective, rate), functools.partial(trial, dataset, objective, rate)
+
+
+def main_runs(dataset: str, seed: int) -> Iterator[Run]:
+    for objective in definitions(dataset)["objectives"]:
+        file = RESULTS / f"main-{dataset}-{objective}-{seed}.json"
+        yield "main", file, functools.partial(main_run, dataset, objective, seed)
 
 
 def run(args: argparse.Namespace) -> int:
