@@ -4,10 +4,12 @@ Needs a Chromium, and for the built site the packages of the extra `site`: skipp
 pages do is tried without Sphinx.
 """
 
+import ast
 import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,6 +18,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
+import nbformat
 import pytest
 import torch
 from PIL import Image
@@ -25,7 +28,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from benchmarks.explorers import browser_page, find_chromium, live_waits, served, write_live_pages
 from wejepa import load_images, load_pretrained
 from wejepa.analysis.attention import record_attention
-from wejepa.config import MaskConfig
+from wejepa.config import MaskConfig, default_config
 from wejepa.masking import Masks, sample_block_masks
 
 pytestmark = pytest.mark.slow
@@ -155,6 +158,22 @@ def test_javascript_draws_masks_as_often_as_torch_does(code):
     asked, shown = (torch.tensor(counts).view(8, 8) for counts in code.evaluate(COVER, [100, 64, {"exclusive": True, "cut": True}]))
     assert asked[-1].max() == 0 and asked[:, -1].max() == 0 and asked[0, :-1].min() > 0
     assert shown[:4].sum() > 1.5 * shown[4:].sum() and shown[-1].max() == 0 and shown[:, -1].max() == 0
+
+
+def test_javascript_draws_the_published_masks_as_notebook_02_does(code):
+    cells = nbformat.read(ROOT / "notebooks" / "02_mask_sampling.ipynb", as_version=4).cells
+    cell = next(cell.source for cell in cells if cell.cell_type == "code" and "def published" in cell.source)
+    names = {"cfg": default_config(), "torch": torch, "math": math, "Masks": Masks}
+    exec(ast.unparse([node for node in ast.parse(cell).body if isinstance(node, ast.FunctionDef) and node.name == "published"]), names)
+    generator, theirs = torch.Generator().manual_seed(0), torch.zeros(2, 64)
+    for _ in range(300):
+        masks = names["published"](64, MaskConfig(), generator)
+        for kind, places in enumerate((masks.targets.flatten(1), masks.context)):
+            theirs[kind] += torch.zeros(64, 64).scatter_(1, places, 1.0).sum(0) / (300 * 64)
+    bugs = {"exclusive": True, "cut": True, "tied": True}
+    asked, shown = (torch.tensor(counts) for counts in code.evaluate(COVER, [1000, 64, bugs]))
+    assert (asked - theirs[0]).abs().max() < 0.06 and (shown - theirs[1]).abs().max() < 0.06
+    assert shown.sum().item() == pytest.approx(theirs[1].sum().item(), abs=0.7)  # patches of context, about 13 after the cut
 
 
 def test_schematic_has_every_part_and_highlights_one():

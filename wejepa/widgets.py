@@ -299,7 +299,7 @@ class MaskExplorer(Explorer):
 
 
 class MaskPainter(Explorer):
-    """A context that is painted by hand, and what the predictor expects at every hidden patch.
+    """A context that is painted by hand, and the real patches nearest to what the predictor answers.
 
     Args:
         model: student, predictor and teacher.
@@ -370,8 +370,8 @@ class MaskPainter(Explorer):
         scale = ("0", f"{self.largest:.2f} or more")
         panels = [
             student,
-            Panel("what the predictor expects", overlay=self._imagined(places, predictions), **shared),
-            Panel("how far off it is", overlay=heat(wrong / self.largest), values=wrong, scale=scale, **shared),
+            Panel("the nearest real patches", overlay=self._imagined(places, predictions), **shared),
+            Panel("error (smooth-L1)", overlay=heat(wrong / self.largest), values=wrong, scale=scale, **shared),
         ]
         usual = token_errors(self.usual[places], targets).mean()
         return panels, (

@@ -96,8 +96,8 @@ wejepa.ui.page("masks", async (root) => {
   const single = (text, name, range, use) => setting(name, slider(text, range, (v) => { use(v); change(); }));
   const switches = [
     ["exclusive", "Blocks never reach the last row and the last column, because the last place where a block would fit is never drawn"],
-    ["cut", "Every context is cut to the shortest of the batch, from its end, so its lower rows are lost"],
-    ["tied", "One random number draws a block's area and its shape, so large blocks are always tall"],
+    ["cut", "Every context keeps what the targets leave, and is cut to the shortest of the batch, from its end, so its lower rows are lost"],
+    ["tied", "One random number draws a block's area and its shape, so large blocks are always tall; areas are rounded down to whole patches"],
   ].map(([name, text]) => tick(text, false, (on) => {
     bugs[name] = on;
     change();

@@ -14,14 +14,15 @@ wejepa.masks = (() => {
   }
 
   /**
-   * Height and width of a block. With `tied`, one random number draws area and shape both; with `exclusive`, a block is smaller than
-   * the grid: both as in the published sampler.
+   * Height and width of a block. With `tied`, one random number draws area and shape both, and the area is rounded down to whole
+   * patches; with `exclusive`, a block is smaller than the grid: both as in the published sampler.
    */
   function blockShape(grid, scale, aspectRatio, rand, room, {tied, exclusive}) {
     const u = rand(), v = tied ? u : rand(), most = exclusive ? grid - 1 : grid;
-    const area = scale[0] + u * (scale[1] - scale[0]), aspect = aspectRatio[0] + v * (aspectRatio[1] - aspectRatio[0]);
-    let height = Math.min(Math.max(1, Math.round(Math.sqrt(area * aspect) * grid)), most);
-    let width = Math.min(Math.max(1, Math.round(Math.sqrt(area / aspect) * grid)), most);
+    const share = scale[0] + u * (scale[1] - scale[0]), aspect = aspectRatio[0] + v * (aspectRatio[1] - aspectRatio[0]);
+    const area = tied ? Math.floor(share * grid * grid) : share * grid * grid;
+    let height = Math.min(Math.max(1, Math.round(Math.sqrt(area * aspect))), most);
+    let width = Math.min(Math.max(1, Math.round(Math.sqrt(area / aspect))), most);
     while (height * width > room) height >= width ? height-- : width--;
     return [height, width];
   }
@@ -36,9 +37,23 @@ wejepa.masks = (() => {
   };
 
   /**
+   * The published sampler's context before the cut: what the targets leave of the large block. With LEAST patches or fewer it draws the
+   * block again, and after every 20 vain draws it takes one target block less out, so that the student sees patches it must predict.
+   */
+  const LEAST = 10;
+  function whatIsLeft(drawLarge, blocks) {
+    for (let vain = 0; ; vain++) {
+      const taken = Math.max(0, blocks.length - Math.floor(vain / 20)), gone = new Set(blocks.slice(0, taken).flat());
+      const left = drawLarge().filter((p) => !gone.has(p));
+      if (left.length > LEAST || !taken) return left;
+    }
+  }
+
+  /**
    * Masks of a batch: {context: [places of each image], targets: [blocks of each image], block: [height, width]}.
    * settings: targetScale, targetAspect, contextScale, contextAspect, blocks, share.
-   * bugs: exclusive (the last row and column are never drawn), cut (contexts are cut to the batch's shortest, in raster order), tied.
+   * bugs: exclusive (the last row and column are never drawn), cut (contexts keep all that is left, and are cut to the batch's shortest,
+   * in raster order), tied.
    */
   function sample(batch, grid, settings, rand, bugs = {}) {
     const patches = grid * grid, size = Math.max(1, Math.round(settings.share * patches));
@@ -59,12 +74,11 @@ wejepa.masks = (() => {
         }
         blocks.push(places);
       }
-      const inside = new Uint8Array(patches);
-      const large = rectangle(grid, corner(grid, high, rand, bugs.exclusive), corner(grid, wide, rand, bugs.exclusive), high, wide);
-      for (const p of large) inside[p] = 1;
-      const free = [...Array(patches).keys()].filter((p) => !covered[p]);
-      if (bugs.cut) context.push(free.filter((p) => inside[p]));
+      const large = () => rectangle(grid, corner(grid, high, rand, bugs.exclusive), corner(grid, wide, rand, bugs.exclusive), high, wide);
+      if (bugs.cut) context.push(whatIsLeft(large, blocks));
       else {
+        const inside = new Uint8Array(patches), free = [...Array(patches).keys()].filter((p) => !covered[p]);
+        for (const p of large()) inside[p] = 1;
         const rank = free.map((p) => [rand() + inside[p], p]).sort((a, b) => b[0] - a[0]);
         context.push(rank.slice(0, size).map(([, p]) => p).sort((a, b) => a - b));
       }

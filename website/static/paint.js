@@ -1,4 +1,4 @@
-// Paint the context: what the predictor expects at every patch that the student does not see.
+// Paint the context: what the predictor answers at every patch that the student does not see, as the nearest real patch.
 "use strict";
 
 wejepa.ui.page("paint", async (root) => {
@@ -42,7 +42,7 @@ wejepa.ui.page("paint", async (root) => {
     act, moved: (place) => (spoken.textContent = describe(place)), painted: true, note: "what the student sees",
     label: "The context: patches that the student sees. Arrow keys move, space shows or hides the patch.",
   });
-  const guess = panel("Prediction", {note: "what the predictor expects", label: "The nearest real patch to each prediction"});
+  const guess = panel("Prediction", {note: "the nearest real patches", label: "The nearest real patch to each prediction"});
   const wrong = panel("Error", {note: "of each prediction", label: "Prediction error at every hidden place"});
   const line = make("p", {class: "live-line"}), spoken = make("p", {class: "live-spoken", role: "status"});
   let errors = new Float32Array(N);
