@@ -7,8 +7,8 @@
 
 The objectives and the loop are the notebook's own: the cells tagged "recorded" are executed here. Each objective gets as many steps as
 cost what BUDGET steps of I-JEPA cost by the calibration, so a run is a function of its seed, whatever else the machine does meanwhile. Each
-objective's rate is chosen among RATES before, by trials of half the steps with one seed, which are trained on four fifths of the *training*
-images and judged on the last fifth. A run is one small JSON file in benchmarks/objectives/.
+objective's rate is chosen among RATES before, for both sets by trials on the first: half the steps, one seed, trained on four fifths of
+the *training* images, judged on the last fifth. A run is one small JSON file in benchmarks/objectives/.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from benchmarks import evidence
 from benchmarks.recording import ROOT, command_line, write_recording
-from wejepa.data import MemoryImages, emoji_index
+from wejepa.config import default_config
+from wejepa.data import MemoryImages
 from wejepa.devices import precision
 from wejepa.files import replaced
 from wejepa.masking import Masks
@@ -108,15 +109,6 @@ def judge_of(dataset: str, labels: int = 0) -> Judge:
     return Judge(FinetuneConfig(labels_per_class=labels), definitions(dataset)["cfg"])
 
 
-def held_out(source: MemoryImages, dataset: str) -> Tensor:
-    """Which training images (N,) are kept for the choice of the rate: a fifth, the drawings of one emoji on the same side."""
-    groups = [emoji.group for emoji in emoji_index()] if dataset == "emoji" else list(range(len(source)))
-    names = sorted(set(groups))
-    order = torch.randperm(len(names), generator=generator_for(0, 9)).tolist()
-    chosen = {names[i] for i in order[: len(names) // 5]}
-    return torch.tensor([group in chosen for group in groups])
-
-
 def part_of(source: MemoryImages, index: Tensor) -> MemoryImages:
     options = {name: getattr(source, name) for name in ("img_size", "in_chans", "mean", "std")}
     return MemoryImages(source.images[index], source.labels[index], source.classes, **options)
@@ -125,8 +117,9 @@ def part_of(source: MemoryImages, index: Tensor) -> MemoryImages:
 def judge_of_trials(dataset: str) -> Judge:
     """The same protocol on training images alone: a fifth of them takes the place of the test images."""
     judge = Judge(FinetuneConfig(labels_per_class=SOME_LABELS), definitions(dataset)["cfg"])
-    out = held_out(judge.train, dataset)
-    judge.train, judge.test = part_of(judge.train, ~out), part_of(judge.train, out)
+    order = torch.randperm(len(judge.train), generator=generator_for(0, 9))
+    held, kept = order[: len(order) // 5].sort().values, order[len(order) // 5 :].sort().values
+    judge.train, judge.test = part_of(judge.train, kept), part_of(judge.train, held)
     judge.draw_labels(0)
     judge.test_index, judge.test_y = torch.arange(len(judge.test)), judge.test.labels
     return judge
@@ -155,8 +148,9 @@ def encoders_of(objective: nn.Module) -> dict[str, nn.Module]:
 Result = dict[str, Any]
 
 
-def trial(dataset: str, objective: str, rate: float) -> Result:
-    """Half the steps on four fifths of the training images; accuracy on the fifth."""
+def trial(objective: str, rate: float) -> Result:
+    """Half the steps on four fifths of the training images of the first set; accuracy on the fifth."""
+    dataset = SETS[0]
     names, judge = definitions(dataset), judge_of_trials(dataset)
     *_, (model, _, loss) = names["descend"](names["objectives"][objective], 0, steps_of(dataset, objective) // 2, rate, judge.train)
     scores = {name: share(judge.right(encoder)) for name, encoder in encoders_of(model).items()}
@@ -167,16 +161,16 @@ def share(right: dict[str, Tensor]) -> dict[str, float]:
     return {name: round(float(values.double().mean()), 4) for name, values in right.items() if name != "layers"}
 
 
-def chosen_rate(dataset: str, objective: str) -> float:
+def chosen_rate(objective: str) -> float:
     """The rate whose encoder was the best on average over the three readings; of student and teacher, the better one."""
-    found = [json.loads(trial_file(dataset, objective, rate).read_text()) for rate in RATES]
+    found = [json.loads(trial_file(objective, rate).read_text()) for rate in RATES]
     return max(found, key=lambda result: max(statistics.mean(scores.values()) for scores in result["scores"].values()))["rate"]
 
 
 def trained(dataset: str, objective: str, kind: type, seed: int, encoders: tuple[str, ...], settings: Any = None) -> Result:
     """A whole run at the chosen rate; judged on the way, and at its end those of its encoders that are named."""
     names = definitions(dataset)
-    steps, rate = steps_of(dataset, objective), chosen_rate(dataset, objective)
+    steps, rate = steps_of(dataset, objective), chosen_rate(objective)
     options = {} if settings is None else {"settings": settings}
     model, history = names["run"](kind, seed, steps, rate, names["images"], judge_of(dataset, SOME_LABELS), **options)
     right = {name: right_of(encoder, dataset) for name, encoder in encoders_of(model).items() if name in encoders}
@@ -198,17 +192,13 @@ def random_patches(batch_size: int, grid_size: tuple[int, int], cfg: Any, genera
 
 def published_masks() -> Callable[..., Masks]:
     """The published sampler, as notebook 02 writes it down."""
-    wanted = {"published", "rectangle"}
     cells = [cell.source for cell in nbformat.read(MASKS_NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
-    found = [node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.FunctionDef) and node.name in wanted]
-    names = {"torch": torch, "math": math, "Masks": Masks}
-    exec(compile(ast.Module(found, []), str(MASKS_NOTEBOOK), "exec"), names)
-
-    def sample(batch_size: int, grid_size: tuple[int, int], cfg: Any, generator: torch.Generator) -> Masks:
-        names["rows"], names["cols"] = grid_size
-        return names["published"](batch_size, cfg, generator)
-
-    return sample
+    (published,) = [
+        node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.FunctionDef) and node.name == "published"
+    ]
+    names = {"torch": torch, "math": math, "Masks": Masks, "cfg": default_config()}
+    exec(compile(ast.Module([published], []), str(MASKS_NOTEBOOK), "exec"), names)
+    return lambda batch_size, grid_size, cfg, generator: names["published"](batch_size, cfg, generator, grid=grid_size)
 
 
 def one_block(mask: Any) -> None:
@@ -254,8 +244,8 @@ def reference(dataset: str, row: str, seed: int) -> Result:
     return {"kind": "reference", "set": dataset, "row": row, "seed": seed, "right": {"student": right}}
 
 
-def trial_file(dataset: str, objective: str, rate: float) -> Path:
-    return RESULTS / f"trial-{dataset}-{objective}-{rate:g}.json"
+def trial_file(objective: str, rate: float) -> Path:
+    return RESULTS / f"trial-{objective}-{rate:g}.json"
 
 
 Run = tuple[str, Path, Callable[[], Result]]
@@ -264,8 +254,10 @@ Run = tuple[str, Path, Callable[[], Result]]
 def queue(seeds: tuple[int, ...]) -> Iterator[Run]:
     """All runs: which part they belong to, their file, and what makes them; useful wherever it is cut."""
     first, later = seeds[:3], seeds[3:]
+    for objective in definitions(SETS[0])["objectives"]:
+        for rate in RATES:
+            yield "trials", trial_file(objective, rate), functools.partial(trial, objective, rate)
     for dataset in SETS:
-        yield from trials(dataset)
         for seed in first:
             yield from main_runs(dataset, seed)
         for row in ("random", "raw pixels", "k-means of patches"):
@@ -279,12 +271,6 @@ def queue(seeds: tuple[int, ...]) -> Iterator[Run]:
     for seed in later:
         for dataset in SETS:
             yield from main_runs(dataset, seed)
-
-
-def trials(dataset: str) -> Iterator[Run]:
-    for objective in definitions(dataset)["objectives"]:
-        for rate in RATES:
-            yield "trials", trial_file(dataset, objective, rate), functools.partial(trial, dataset, objective, rate)
 
 
 def main_runs(dataset: str, seed: int) -> Iterator[Run]:
@@ -324,6 +310,10 @@ def merge(args: argparse.Namespace) -> int:
     for result in runs:
         for name in ("cpu", "precision", "torch", "threads"):
             del result[name]
+        if result["kind"] == "ablation":  # of which the notebook shows one number of labels
+            result["right"] = {
+                encoder: {key: right[key] for key in right if key.startswith("500/")} for encoder, right in result["right"].items()
+            }
     write_recording(MERGED, "benchmarks.objectives", args.machine, [{"kind": "calibration"} | json.loads(CALIBRATION.read_text()), *runs])
     return 0
 
