@@ -258,12 +258,13 @@ def queue(seeds: tuple[int, ...]) -> Iterator[Run]:
         for rate in RATES:
             yield "trials", trial_file(objective, rate), functools.partial(trial, objective, rate)
     for dataset in SETS:
-        for seed in first:
-            yield from main_runs(dataset, seed)
+        yield from main_runs(dataset, first[0])
         for row in ("random", "raw pixels", "k-means of patches"):
-            for seed in seeds if row == "random" else seeds[:1]:
+            for seed in seeds if row == "random" else first[:1]:
                 file = RESULTS / f"reference-{dataset}-{row.replace(' ', '-')}-{seed}.json"
                 yield "references", file, functools.partial(reference, dataset, row, seed)
+        for seed in first[1:]:
+            yield from main_runs(dataset, seed)
     for seed in first:
         for variant in ABLATIONS:
             file = RESULTS / f"ablation-{variant.replace(' ', '-')}-{seed}.json"
@@ -305,14 +306,18 @@ def rounded(value: Any) -> Any:
 
 
 def merge(args: argparse.Namespace) -> int:
-    """All runs that were kept, in the order of the queue, and the calibration, in the file that ships."""
+    """All runs that were kept, of the seeds that all objectives have, and the calibration, in the file that ships."""
+    objectives = definitions(SETS[0])["objectives"]
     runs = [json.loads(path.read_text()) for _, path, _ in queue(SEEDS) if path.exists()]
+    there = {(result.get("set"), result.get("seed"), result.get("objective")) for result in runs if result["kind"] == "main"}
+    whole = [(dataset, seed) for dataset in SETS for seed in SEEDS if all((dataset, seed, name) in there for name in objectives)]
+    runs = [r for r in runs if r["kind"] == "trial" or (r.get("set"), r["seed"]) in whole]
     for result in runs:
         for name in ("cpu", "precision", "torch", "threads"):
             del result[name]
         if result["kind"] == "ablation":  # of which the notebook shows one number of labels
             result["right"] = {
-                encoder: {key: right[key] for key in right if key.startswith("500/")} for encoder, right in result["right"].items()
+                name: {key: right[key] for key in right if key.startswith("500/")} for name, right in result["right"].items()
             }
     write_recording(MERGED, "benchmarks.objectives", args.machine, [{"kind": "calibration"} | json.loads(CALIBRATION.read_text()), *runs])
     return 0
