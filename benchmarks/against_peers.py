@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.step import CONFIGURATIONS, configuration, images_of, make_step
-from benchmarks.timing import Contender, in_turn, milliseconds, parser, plain, ratio, tell
+from benchmarks.timing import Contender, asked, in_turn, milliseconds, parser, plain, ratio, tell
 from wejepa.config import IJepaConfig
 from wejepa.data import generator_for
 from wejepa.devices import autocast
@@ -197,7 +197,7 @@ def encoders(args) -> None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--only", choices=CONFIGURATIONS, nargs="+", default=CONFIGURATIONS)
-    args = options.parse_args()
+    args = asked(options)
     if peer("lightly"):
         steps(args)
     if peer("transformers"):

@@ -22,16 +22,14 @@ from types import SimpleNamespace
 HERE = Path(__file__).resolve().parent.parent
 
 
-def work(seed: int, epochs: int, every: int, threads: int, clock: str, bfloat16: bool) -> None:
+def work(seed: int, epochs: int, every: int, clock: str, bfloat16: bool) -> None:
     """One run, an epoch for each line on standard input: prints the seconds so far and, every so many epochs, the probe's accuracy."""
-    import torch
 
     from wejepa.analysis.features import pool_tokens
     from wejepa.config import default_config
     from wejepa.train.finetune import FinetuneConfig, Judge, fit_probe
     from wejepa.train.loop import Pretraining
 
-    torch.set_num_threads(threads)
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     cfg = default_config()
     cfg.optimizer.epochs, cfg.hardware.seed, cfg.hardware.mixed_precision = epochs, seed, bfloat16
@@ -65,8 +63,8 @@ def runs(checkouts: dict[str, tuple[Path, bool]], seed: int, args) -> dict[str, 
     """The points of each checkout's curve for one seed: dicts of seconds, epoch and mean, the accuracy on averaged tokens."""
     workers, curves = {}, {name: [] for name in checkouts}
     for name, (path, bfloat16) in checkouts.items():
-        call = json.dumps([seed, args.epochs, args.every, args.threads, args.clock, bfloat16])
-        environment = os.environ | {"PYTHONPATH": str(path), "TQDM_DISABLE": "1"}
+        call = json.dumps([seed, args.epochs, args.every, args.clock, bfloat16])
+        environment = os.environ | {"PYTHONPATH": str(path), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(args.threads)}
         workers[name] = subprocess.Popen(
             [sys.executable, __file__, call], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -103,14 +101,14 @@ def averaged(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    from benchmarks.timing import parser, tell
+    from benchmarks.timing import asked, parser, tell
 
     options = parser(__doc__)
     options.add_argument("--before", type=Path, required=True, help="the other checkout")
     options.add_argument("--epochs", type=int, default=30)
     options.add_argument("--every", type=int, default=5, help="epochs between probes")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    args = options.parse_args()
+    args = asked(options)
     checkouts = {"before": (args.before, True), "now": (HERE, True), "now, float32": (HERE, False)}
     curves: dict[str, list] = {name: [] for name in checkouts}
     for seed in args.seeds:

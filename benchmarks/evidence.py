@@ -6,7 +6,7 @@
 Every row is judged on the same test images, with the same draws of 5, 10, 50 and 500 labelled images of each class (all of them where a
 class has fewer). A row's result for one seed is one file in benchmarks/evidence/, which holds which test images were classified rightly, so
 that any two rows can be compared image by image, and long runs can be made in parts. The intervals are of 95 %, by a bootstrap over seeds,
-draws and test images at once.
+draws and test images at once. `emoji_64` is `emoji` at 64 x 64.
 
 --root DATA tests on the 10,000 official images of Fashion-MNIST in DATA/FashionMNIST/raw instead of the 2,000 that ship.
 """
@@ -32,6 +32,7 @@ from wejepa.config import IJepaConfig, adapt_config_for_backbone, default_config
 from wejepa.errors import optional
 from wejepa.files import replaced
 from wejepa.model import Encoder, IJEPA_base
+from wejepa.pretrained import load_pretrained
 from wejepa.seeds import generator_for
 from wejepa.train.classifier import Classifier, train_classifier
 from wejepa.train.finetune import FinetuneConfig, Judge, drawn_of_each_class, fit_probe, from_scratch, untrained
@@ -41,6 +42,8 @@ RESULTS = Path(__file__).resolve().parent / "evidence"
 RUNS = Path("outputs/evidence")
 LABELS, DRAWS = (5, 10, 50, 500), 5
 COLUMNS = {"mean": "mean-pooled", "layers": "all layers", "grid": "grid", "knn": "k-NN", "own": "own layer"}
+SHIPPED = {"fashion_mnist_mini": "fashion", "fashion_mnist": "fashion", "emoji_64": "emoji"}  # by set, the model that ships for it
+SETS = ("fashion_mnist_mini", "emoji", "emoji_64", "fashion_mnist")
 SEEN = 90_000  # images that a training with labels sees, within MOST passes
 MOST = 100
 Features = dict[str, tuple[Tensor, Tensor]]  # by column: of the labelled pool (N, F) and of the test images
@@ -55,12 +58,14 @@ class Row:
         features: frozen features of all images, from the judge and a seed; or None.
         trained: a classifier trained with the judge's labelled images, from the judge and a seed; or None.
         seeds: False for what has nothing random but the draw of labels.
+        sets: where it can be judged.
     """
 
     name: str
     features: Callable[[Judge, int], Features] | None = None
     trained: Callable[[Judge, int], Classifier] | None = None
     seeds: bool = True
+    sets: tuple[str, ...] = SETS
 
 
 # ---------------------------------------------------------------- features without learning
@@ -182,8 +187,16 @@ def pretrained_model(judge: Judge, seed: int, crops: bool = True) -> IJEPA_base:
         cfg.data.dataset = "fashion_mnist_mini"
     if not crops:
         cfg.data.crop_scale, cfg.data.horizontal_flip = (1.0, 1.0), False
-    cfg.hardware.output_dir = str(RUNS / f"{cfg.data.dataset}{'' if crops else '-no-crops'}-{seed}")
+    cfg.hardware.output_dir = str(RUNS / f"{cfg.data.dataset}-{cfg.model.img_size}{'' if crops else '-no-crops'}-{seed}")
     return launch_pretraining(cfg, resume="auto").model
+
+
+def shipped(judge: Judge) -> nn.Module:
+    """The teacher of the model that ships for such images."""
+    cfg = judge.config
+    return load_pretrained(
+        SHIPPED[cfg.data.dataset if cfg.model.img_size == 32 else f"{cfg.data.dataset}_{cfg.model.img_size}"]
+    ).teacher_encoder
 
 
 # ---------------------------------------------------------------- trained with the labels
@@ -222,6 +235,7 @@ def trained_with_labels(encoder: Callable[[Judge, int], nn.Module], **options: f
 
 
 ROWS = (
+    Row("the model that ships", lambda judge, seed: read(judge, shipped(judge)), seeds=False, sets=tuple(SHIPPED)),
     Row("pretrained", pretrained()),
     Row("pretrained without crops", pretrained(crops=False)),
     Row("same encoder, random", random),
@@ -243,6 +257,11 @@ ROWS = (
             lambda judge, seed: pretrained_model(judge, seed).teacher_encoder, layer_decay=0.75, label_smoothing=0.1
         ),
     ),
+    Row(
+        "the model that ships, then with labels",
+        trained=trained_with_labels(lambda judge, seed: shipped(judge), layer_decay=0.75, label_smoothing=0.1),
+        sets=tuple(SHIPPED),
+    ),
 )
 
 
@@ -252,9 +271,9 @@ ROWS = (
 def recipe(name: str) -> IJepaConfig:
     """How a set is learnt."""
     cfg = default_config()
-    cfg.data.dataset = name
-    if name == "emoji":
-        cfg.optimizer.epochs = 60
+    cfg.data.dataset = name.removesuffix("_64")
+    if cfg.data.dataset == "emoji":
+        cfg.optimizer.epochs, cfg.model.img_size = 60, 64 if name == "emoji_64" else 32
     return cfg
 
 
@@ -304,7 +323,7 @@ def run(name: str, rows: list[Row], seeds: list[int], root: str | None) -> None:
     judge = Judge(FinetuneConfig(labels_per_class=0), cfg)
     for seed in seeds:
         for row in rows:
-            if seed and not row.seeds:
+            if (seed and not row.seeds) or name not in row.sets:
                 continue
             file = file_of(name, row, seed)
             if file.exists():
@@ -371,36 +390,41 @@ def table(name: str) -> Iterator[str]:
                 values = cube(results, labels, column)
                 cells.append("-" if values is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in interval(values))))
             yield f"| {row} | {len(results)} | " + " | ".join(cells) + " |"
-        tuned, scratch = (found.get(row) for row in ("pretrained, then with labels", "whole encoder, with labels"))
-        if tuned and scratch:
-            difference = interval(ahead(cube(tuned, labels, "own"), cube(scratch, labels, "own")))
-            yield "\nTrained with labels: pretrained, ahead of from scratch, {:+.1f} ({:+.1f} to {:+.1f})".format(
-                *(100 * v for v in difference)
-            )
-        first = found.get("pretrained")
-        if first is None:
+        scratch = found.get("whole encoder, with labels")
+        for first in ("the model that ships", "pretrained"):
+            tuned = found.get(f"{first}, then with labels")
+            if tuned and scratch:
+                difference = interval(ahead(cube(tuned, labels, "own"), cube(scratch, labels, "own")))
+                yield f"\nTrained with labels: {first}, ahead of from scratch, " + signed(difference)
+        for first in ("the model that ships", "pretrained"):
+            if first in found:
+                yield f"\n{name}, {labels} labelled images of each class: {first}, ahead of\n"
+                yield from leads(found, first, labels)
+
+
+def signed(difference: tuple[float, float, float]) -> str:
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in difference))
+
+
+def leads(found: dict[str, list[dict]], first: str, labels: int) -> Iterator[str]:
+    """How far one row is ahead of each other one, in points, as a Markdown table."""
+    yield "| | " + " | ".join(list(COLUMNS.values())[:-1]) + " |\n|---|" + "---:|" * (len(COLUMNS) - 1)
+    for row, results in found.items():
+        if row == first:
             continue
-        yield f"\n{name}, {labels} labelled images of each class: pretrained, ahead of\n"
-        yield "| | " + " | ".join(list(COLUMNS.values())[:-1]) + " |\n|---|" + "---:|" * (len(COLUMNS) - 1)
-        for row, results in found.items():
-            if row == "pretrained":
-                continue
-            cells = []
-            for column in list(COLUMNS)[:-1]:
-                mine, other = cube(first, labels, column), cube(results, labels, column)
-                if other is None:  # what has one reading alone is compared with each of the encoder's
-                    other = cube(results, labels, "own") if "own" in next(iter(results[0]["right"].values())) else None
-                if other is None:
-                    cells.append("-")
-                else:
-                    cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in interval(ahead(mine, other)))))
-            yield f"| {row} | " + " | ".join(cells) + " |"
+        cells = []
+        for column in list(COLUMNS)[:-1]:
+            mine, other = cube(found[first], labels, column), cube(results, labels, column)
+            if other is None and "own" in next(iter(results[0]["right"].values())):
+                other = cube(results, labels, "own")  # what has one reading alone is compared with each of the encoder's
+            cells.append("-" if other is None else signed(interval(ahead(mine, other))))
+        yield f"| {row} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "table"))
-    parser.add_argument("--set", choices=("fashion_mnist_mini", "emoji", "fashion_mnist"), default="fashion_mnist_mini")
+    parser.add_argument("--set", choices=SETS, default="fashion_mnist_mini")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], help="some of the rows, by name")
     parser.add_argument("--root", help="folder with FashionMNIST/raw, for --set fashion_mnist")

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.step import images_of, make_step
-from benchmarks.timing import Contender, in_turn, milliseconds, parser, plain, ratio, tell
+from benchmarks.timing import Contender, asked, in_turn, milliseconds, parser, plain, ratio, tell
 from wejepa.config import DataConfig, IJepaConfig, ModelConfig, default_config
 from wejepa.data import IMAGENET, crop_box, example_photograph, load_images, normalise, random_crops, resample, training_batches
 from wejepa.memory import freed_memory_kept
@@ -232,8 +232,7 @@ def many_files(args) -> None:
 def main() -> None:
     options = parser(__doc__, repeats=9)
     options.add_argument("--files", type=int, default=0, help="measure the start on so many empty files instead")
-    args = options.parse_args()
-    torch.set_num_threads(args.threads)
+    args = asked(options)
     if args.files:
         many_files(args)
         return

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.against_peers import peer
-from benchmarks.timing import Contender, in_turn, milliseconds, parser, plain, ratio, tell
+from benchmarks.timing import Contender, asked, in_turn, milliseconds, parser, plain, ratio, tell
 from wejepa.config import MaskConfig
 from wejepa.masking import sample_block_masks
 
@@ -44,7 +44,7 @@ def make_collator(batch: int, side: int) -> Callable[[], Any]:
 def main() -> None:
     options = parser(__doc__, repeats=15)
     options.add_argument("--batches", type=int, nargs="+", default=[128, 256])
-    args = options.parse_args()
+    args = asked(options)
     beside = peer("lightly")
     for side in GRIDS:
         for batch in args.batches:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import Contender, in_turn, milliseconds, parser, plain, tell
+from benchmarks.timing import Contender, asked, in_turn, milliseconds, parser, plain, tell
 from wejepa.analysis.features import encode_images, knn_accuracy, pool_tokens
 from wejepa.config import default_config
 from wejepa.data import load_images
@@ -37,7 +37,7 @@ def make_judgement(kind: str) -> Callable[[], Any]:
 
 
 def main() -> None:
-    args = parser(__doc__, repeats=5).parse_args()
+    args = asked(parser(__doc__, repeats=5))
     contenders = [
         Contender("features in bfloat16", make_extraction, (True,), args.threads),
         Contender("features in float32", make_extraction, (False,), args.threads),

@@ -4,9 +4,9 @@
     python -m benchmarks.scaling --only ranks
 
 Starts from the 32 x 32 configuration of `benchmarks.step`, with batches of 32, and changes one thing at a time. *Exponent*: 1 where twice
-the size takes twice the time. Ranks: one process with two threads beside two processes with one thread each, started by turns, on the same
-whole batch, at both configurations and at the default config, which the quick tour takes. The share is that of `benchmarks.step`, beside
-products that all processes of the same start do at the same time, each step's after it.
+the size takes twice the time. Ranks: one process with one thread, one with two, and two processes with one thread each, started by turns,
+on the same whole batch, at both configurations and at the default config, which the quick tour takes. The share is that of
+`benchmarks.step`, beside products that all processes of the same start do at the same time, each step's after it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,21 @@ import sys
 import tempfile
 import time
 
-import torch
-
 from benchmarks.step import CONFIGURATIONS, arithmetic, configuration, images_of, make_step
-from benchmarks.timing import Contender, Times, in_turn, matrix_products, milliseconds, parser, plain, product_arithmetic, ratio, tell
+from benchmarks.timing import (
+    Contender,
+    Times,
+    asked,
+    in_turn,
+    matrix_products,
+    milliseconds,
+    native_precision,
+    parser,
+    plain,
+    product_arithmetic,
+    ratio,
+    tell,
+)
 from wejepa.config import IJepaConfig, default_config
 
 SIZES = {"batch": (32, 64, 128), "depth": (3, 6, 12), "tokens": (64, 144, 256), "width": (96, 192, 384)}
@@ -76,7 +87,7 @@ def rank_work(name: str, steps: int) -> None:
         cfg = config_of(name)
         cfg.hardware.output_dir = folder
         run = Pretraining(cfg)
-        images, products = images_of(cfg).chunk(run.ranks.world)[run.ranks.rank], matrix_products("bfloat16")
+        images, products = images_of(cfg).chunk(run.ranks.world)[run.ranks.rank], matrix_products(native_precision())
         seconds = []
         for _ in range(steps + 2):
             for work in (lambda: run.train_step(images), products):
@@ -90,37 +101,36 @@ def rank_work(name: str, steps: int) -> None:
         run.ranks.leave()
 
 
-def started(ranks: int, name: str, steps: int) -> tuple[list[float], list[float]]:
+def started(ranks: int, threads: int, name: str, steps: int) -> tuple[list[float], list[float]]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    threads = os.environ | {"OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     call = [sys.executable, *launcher, "-m", "benchmarks.scaling", "--work", name, str(steps)]
-    printed = subprocess.run(call, env=threads, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(call, env=environment, check=True, capture_output=True, text=True).stdout
     return json.loads(next(line for line in printed.splitlines() if line.startswith(MARK)).removeprefix(MARK))
 
 
 def ranks(args) -> None:
     for name in (*CONFIGURATIONS, TOUR):
-        kinds = {"one process, two threads": 1, "two processes, one thread each": 2}
+        kinds = {"one process, one thread": (1, 1), "one process, two threads": (1, 2), "two processes, one thread each": (2, 1)}
         times, shares = {kind: Times() for kind in kinds}, {kind: [] for kind in kinds}
         steps = max(3, args.repeats // 3) * (30 if name == TOUR else 1)  # a tenth of a second each, and slower until memory is warm
         for _ in range(3):
-            for kind, count in kinds.items():
-                step, products = (statistics.median(taken) for taken in started(count, name, steps))
+            for kind, (count, threads) in kinds.items():
+                step, products = (statistics.median(taken) for taken in started(count, threads, name, steps))
                 times[kind].seconds.append(step)
                 shares[kind].append(arithmetic(config_of(name)) / step / (count * product_arithmetic() / products))
-        one = times["one process, two threads"]
+        one = times["one process, one thread"]
         rows = [
             [kind, *milliseconds(t), f"{ratio(one, t):.2f}", f"{100 * statistics.median(shares[kind]):.0f}"] for kind, t in times.items()
         ]
-        head = ["", "median, ms", "lowest to highest, ms", "throughput", "% of the bfloat16 products' rate"]
+        head = ["", "median, ms", "lowest to highest, ms", "throughput", f"% of the {native_precision()} products' rate"]
         tell(f"Ranks at {name}, three starts each, wall time", head, rows, plain(times) | {"shares": shares}, args)
 
 
 def main() -> None:
     options = parser(__doc__, repeats=9)
     options.add_argument("--only", choices=[*SIZES, "ranks"], nargs="+", default=[*SIZES, "ranks"])
-    args = options.parse_args()
-    torch.set_num_threads(args.threads)
+    args = asked(options)
     for what in args.only:
         ranks(args) if what == "ranks" else growth(what, args)
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.timing import Contender, in_turn, milliseconds, parser, plain, ratio, tell
+from benchmarks.timing import Contender, asked, in_turn, milliseconds, parser, plain, ratio, tell
 
 COMMANDS = {
     "import torch": ["-c", "import torch"],
@@ -26,7 +26,7 @@ def make_command(arguments: list[str]) -> Callable[[], Any]:
 
 
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    args = asked(parser(__doc__))
     times = in_turn([Contender(name, make_command, (command,)) for name, command in COMMANDS.items()], args.repeats, warmup=1)
     rows = [[name, *milliseconds(t), f"{1 / ratio(times['import torch'], t):.2f}"] for name, t in times.items()]
     tell("Start of a process, wall time", ["", "median, ms", "10 to 90 %, ms", "times import torch"], rows, plain(times), args)

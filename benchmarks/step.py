@@ -2,11 +2,13 @@
 
     python -m benchmarks.step                  # both configurations, in float32 and bfloat16
     python -m benchmarks.step --compiled       # torch.compile as well, and when it pays
-    python -m benchmarks.step --profile        # where the time of a bfloat16 step goes
+    python -m benchmarks.step --profile        # where the time of a step goes
+    python -m benchmarks.step --avx2           # as on a processor without bfloat16
 
-The share is of the rate of bfloat16 products of 1024 x 1024 matrices in the same run, and counts only the arithmetic that the model needs:
-products of the student on its context, of the teacher on all patches, of the predictor on context and targets; twice that again for the
-backward pass of what is trained. Norms, softmax, activations, masks and updates count as nothing.
+The share is of the rate of products of 1024 x 1024 matrices in the same run, in bfloat16 or, where there is none, in float32. It counts
+only the arithmetic that the model needs: products of the student on its context, of the teacher on all patches, of the predictor on
+context and targets; twice that again for the backward pass of what is trained. Norms, softmax, activations, masks and updates count as
+nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +19,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import Contender, in_turn, matrix_products, milliseconds, parser, plain, product_arithmetic, ratio, tell
+from benchmarks.timing import (
+    Contender,
+    asked,
+    in_turn,
+    matrix_products,
+    milliseconds,
+    native_precision,
+    parser,
+    plain,
+    product_arithmetic,
+    ratio,
+    tell,
+)
 from wejepa.config import DataConfig, HardwareConfig, IJepaConfig, MaskConfig, ModelConfig
 from wejepa.masking import sample_block_masks
 from wejepa.memory import freed_memory_kept
@@ -109,13 +123,13 @@ def main() -> None:
     options.add_argument("--only", choices=CONFIGURATIONS, nargs="+", default=CONFIGURATIONS)
     options.add_argument("--compiled", action="store_true", help="torch.compile as well")
     options.add_argument("--profile", action="store_true", help="print a profile instead")
-    args = options.parse_args()
-    torch.set_num_threads(args.threads)
+    args = asked(options)
+    native = native_precision()
     for name in args.only:
         if args.profile:
             shares = profile(configuration(name))
             tell(
-                f"Profile of a bfloat16 step, {name}",
+                f"Profile of a {native} step, {name}",
                 ["operation", "share, %"],
                 [[k, f"{100 * v:.1f}"] for k, v in shares],
                 dict(shares),
@@ -123,11 +137,14 @@ def main() -> None:
             )
             continue
         kinds = {"bfloat16": configuration(name), "float32": configuration(name, bfloat16=False)}
-        kinds |= {"bfloat16, compiled": configuration(name, compiled=True)} if args.compiled else {}
+        kinds |= {f"{native}, compiled": configuration(name, compiled=True)} if args.compiled else {}
+        kinds = {kind: cfg for kind, cfg in kinds.items() if kind.startswith((native, "float32"))}
         contenders = [Contender(kind, make_step, (cfg,), args.threads) for kind, cfg in kinds.items()]
-        contenders += [Contender(f"products, {kind}", matrix_products, (kind,), args.threads) for kind in ("bfloat16", "float32")]
+        contenders += [
+            Contender(f"products, {kind}", matrix_products, (kind,), args.threads) for kind in dict.fromkeys((native, "float32"))
+        ]
         times = in_turn(contenders, args.repeats, clock=args.clock)
-        rate = product_arithmetic() / times["products, bfloat16"].median
+        rate = product_arithmetic() / times[f"products, {native}"].median
         rows, figures = [], plain(times)
         for kind, taken in times.items():
             images, work = (
@@ -137,12 +154,12 @@ def main() -> None:
             figures[kind] |= {"gflops": reached / 1e9, "share": reached / rate}
             cells = [f"{images / taken.median:.0f}" if images else "", f"{reached / 1e9:.0f}", f"{100 * reached / rate:.0f}"]
             rows.append([kind, *milliseconds(taken), *cells, f"{taken.memory / 2**20:.0f}" if images else ""])
-        head = ["", "median, ms", "10 to 90 %, ms", "images/s", "GFLOP/s", "% of the bfloat16 products' rate", "memory, MiB"]
+        head = ["", "median, ms", "10 to 90 %, ms", "images/s", "GFLOP/s", f"% of the {native} products' rate", "memory, MiB"]
         tell(f"A step at {name}, {args.threads} thread(s), {args.clock} time", head, rows, figures, args)
         if args.compiled:
             spent = compile_seconds(configuration(name, compiled=True))
-            saved = times["bfloat16"].median - times["bfloat16, compiled"].median
-            gain = ratio(times["bfloat16"], times["bfloat16, compiled"])
+            saved = times[native].median - times[f"{native}, compiled"].median
+            gain = ratio(times[native], times[f"{native}, compiled"])
             pays = f"pays after {spent / saved:.0f} steps" if saved > 0 else "never pays"
             print(
                 f"\ntorch.compile: {gain:.2f} times as fast; the first two steps take {spent:.0f} s (less where its cache is warm): {pays}"

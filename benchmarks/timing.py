@@ -13,12 +13,16 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+# What makes a processor compute as one with AVX2 and without bfloat16 does; libraries read it as they are loaded.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "WEJEPA_MIXED_PRECISION": "0"}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -70,7 +74,10 @@ def in_turn(contenders: list[Contender], repeats: int, warmup: int = 2, clock: s
         for contender in contenders:
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(contender, there, warmup, clock), daemon=False)  # loading has workers of its own
-            process.start()
+            # Not `torch.set_num_threads`: after it MKL opens a parallel region for every product that is inside one already. Fused
+            # attention on 64 x 2 heads x 64 tokens then enters 1,025 in place of 1.
+            with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": str(contender.threads)}):
+                process.start()
             there.close()
             workers[contender.name] = (process, here)
             here.recv()  # one prepares after the other
@@ -89,9 +96,6 @@ def in_turn(contenders: list[Contender], repeats: int, warmup: int = 2, clock: s
 
 
 def _work(contender: Contender, pipe, warmup: int, clock: str) -> None:
-    import torch
-
-    torch.set_num_threads(contender.threads)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call, now = contender.make(*contender.args), CLOCKS[clock]
     for _ in range(warmup):
@@ -125,8 +129,27 @@ def parser(description: str, repeats: int = 15) -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, default=repeats, help="rounds")
     made.add_argument("--threads", type=int, default=1, help="of each contender")
     made.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: time given to the process, for a busy machine")
+    made.add_argument("--avx2", action="store_true", help="compute as a processor with AVX2 and without bfloat16 does")
     made.add_argument("--json", type=Path, help="write the figures there as well")
     return made
+
+
+def asked(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line's options; the command starts anew where its environment is not what `--threads` and `--avx2` ask for."""
+    args = options.parse_args()
+    wanted = {"OMP_NUM_THREADS": str(args.threads)} | (AVX2 if args.avx2 else {})
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, sys.orig_argv, os.environ | wanted)
+    return args
+
+
+def native_precision() -> str:
+    """What matrices are multiplied in here under mixed precision: "bfloat16" or "float32"."""
+    import torch
+
+    from wejepa.devices import precision
+
+    return str(precision(torch.device("cpu"), mixed=True)).removeprefix("torch.")
 
 
 def machine() -> dict[str, Any]:
@@ -139,6 +162,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": model,
         "matrix products": kind,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "torch": str(torch.__version__),
         "load": os.getloadavg()[0],

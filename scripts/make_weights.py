@@ -29,6 +29,11 @@ LICENCE = "MIT, as wejepa. Trained on {}."
 # What differs from the default config; the set that the shipped model reads; where its images are from.
 MODELS = {
     "fashion": ({"data.dataset": "fashion_mnist", "optimizer.epochs": 60}, "fashion_mnist_mini", "Fashion-MNIST (MIT, Zalando SE)"),
+    "emoji": (
+        {"data.dataset": "emoji", "model.img_size": 64, "optimizer.epochs": 200},
+        "emoji",
+        "the drawings of Noto Emoji (Apache 2.0, Google) and Twemoji (CC BY 4.0, Twitter, Inc and other contributors)",
+    ),
 }
 
 

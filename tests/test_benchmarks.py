@@ -5,6 +5,8 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
+import sys
 
 import nbformat
 import pytest
@@ -18,7 +20,7 @@ from benchmarks.learning import merge, table
 from benchmarks.mutations import MUTATIONS, ROOT
 from benchmarks.scaling import exponent
 from benchmarks.step import arithmetic, configuration
-from benchmarks.timing import Contender, Times, in_turn, milliseconds, ratio, tell
+from benchmarks.timing import AVX2, Contender, Times, asked, in_turn, milliseconds, parser, ratio, tell
 from wejepa.config import default_config, photos96_config
 from wejepa.data import load_images, training_batches
 from wejepa.masking import sample_block_masks
@@ -74,6 +76,34 @@ def test_a_contender_reads_a_folder_with_workers_of_its_own(tmp_path, monkeypatc
 def test_processor_time_is_for_one_thread():
     with pytest.raises(SystemExit, match="--threads 1"):
         in_turn([Contender("two", make_counter, (0,), threads=2)], repeats=1, clock="cpu")
+
+
+def make_threaded(threads):
+    assert torch.get_num_threads() == threads
+    return lambda: None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_contender_begins_with_its_threads(threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    in_turn([Contender("one", make_threaded, (threads,), threads)], repeats=1, warmup=0)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize("avx2", [False, True])
+def test_a_command_begins_anew_as_it_is_asked(avx2, monkeypatch):
+    begun = []
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--threads", "2", *(["--avx2"] if avx2 else [])])
+    monkeypatch.setattr(os, "execve", lambda path, argv, environment: begun.append(environment))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in AVX2:
+        monkeypatch.delenv(name, raising=False)
+    asked(parser("what"))
+    (environment,) = begun
+    assert environment["OMP_NUM_THREADS"] == "2" and all(environment.get(name) == (value if avx2 else None) for name, value in AVX2.items())
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert asked(parser("what")).threads == 2 and len(begun) == 1
 
 
 def test_median_spread_and_ratio():

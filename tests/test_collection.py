@@ -495,7 +495,7 @@ def test_a_sheet_and_a_table(folder, model):
     titles = [ax.get_title() for ax in photos.sheet(hits, columns=5, title="found").axes]
     assert titles[0] == "01\n1.000" and sum(bool(title) for title in titles) == 12
     shutil.copy(folder / "01.jpg", folder / "a_name_of_many_letters.jpg")
-    assert Collection.build(model, folder).sheet(["a_name_of_many_letters.jpg"]).axes[0].get_title() == "a_name_of_m…"
+    assert Collection.build(model, folder).sheet(["a_name_of_many_letters.jpg"]).axes[0].get_title() == "a_name…tters"
     (folder / hits[3].name).unlink()
     with pytest.raises(DataError, match=r"cannot be drawn \(No such file or directory\): build again"):
         photos.sheet([hits[3].name])

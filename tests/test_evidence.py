@@ -33,7 +33,12 @@ def small(tmp_path, monkeypatch):
 
 def test_every_row_is_judged_kept_and_compared(small, tmp_path):
     pytest.importorskip("sklearn")
-    rows = [row for row in evidence.ROWS if row.name != "oriented gradients"]
+    rows = [row for row in evidence.ROWS if row.name != "oriented gradients" and "emoji" in row.sets]
+    assert {row.name for row in evidence.ROWS} - {row.name for row in rows} == {
+        "oriented gradients",
+        "the model that ships",
+        "the model that ships, then with labels",
+    }
     evidence.run("emoji", rows, [0, 1], None)
     found = evidence.kept("emoji")
     assert found.keys() == {row.name for row in rows}
@@ -99,3 +104,21 @@ def test_rows_are_compared_image_by_image():
     _, own_low, own_high = evidence.interval(base)
     assert 0 < low < gain < high and high - low < (own_high - own_low) / 2
     assert evidence.ahead(torch.ones(3, 5, 9), torch.zeros(1, 5, 9)).shape == (3, 5, 9)
+
+
+def test_the_model_that_ships_is_judged_on_its_own_set(small, monkeypatch):
+    rows = [row for row in evidence.ROWS if row.name.startswith("the model that ships")]
+    evidence.run("emoji", rows, [0], None)
+    assert evidence.kept("emoji") == {}  # it reads other images
+    monkeypatch.setattr(evidence, "SHIPPED", {"fashion_mnist_mini": "fashion"})
+    monkeypatch.setattr(evidence, "shipped", lambda judge: evidence.load_pretrained("fashion").teacher_encoder)
+    evidence.run("fashion_mnist_mini", rows, [0, 1], None)
+    found = evidence.kept("fashion_mnist_mini")
+    assert [len(found[row.name]) for row in rows] == [1, 2]
+    assert any("the model that ships, ahead of" in line for line in evidence.table("fashion_mnist_mini"))
+
+
+def test_each_set_is_read_at_its_own_size():
+    for name in evidence.SETS:
+        cfg = evidence.recipe(name)
+        assert cfg.data.dataset == name.removesuffix("_64") and cfg.model.img_size == (64 if name == "emoji_64" else 32)

@@ -35,13 +35,6 @@ SURVIVORS = {
         "middle, spread = (train_x.sum(0), train_x.std(0) + 1e-06)": "same: no shift changes a distance",
         "middle, spread = (train_x.mean(0), train_x.std(0) - 1e-06)": "same: the deviations are far from 0",
     },
-    "06_collapse.alarm": {
-        "begun = history[1]['teacher_variance']": "weak: the variances are far from the threshold",
-        "return next((entry['step'] for entry in history if entry['teacher_variance'] < 0.1 / begun), None)": "weak: as above",
-    },
-    "06_collapse.variance_penalty": {
-        "deviation = (tokens.std(0) + 0.0001).sqrt()": "weak: no penalty between 0 and 1 is known",
-    },
     "08_your_own_images.whitened": {
         "u, _, _ = torch.linalg.svd(centred, full_matrices=True)": "same: the first k columns are those",
     },

@@ -33,7 +33,7 @@ def test_a_shipped_model_is_whole_small_and_ready(name):
     assert isinstance(model, IJEPA_base) and not model.training and model.predictor is not None
     assert all(p.dtype == torch.float32 and p.isfinite().all() and p.device.type == "cpu" for p in model.parameters())
     assert (embedded.ASSETS / f"{name}.safetensors").stat().st_size < 1.5e6
-    assert model.cfg.grid_size == {"fashion": (8, 8)}[name]
+    assert model.cfg.grid_size == {"fashion": (8, 8), "emoji": (16, 16)}[name]
     for p, q in zip(model.student_encoder.parameters(), model.teacher_encoder.parameters(), strict=True):
         assert p.requires_grad and not q.requires_grad and p.data_ptr() != q.data_ptr()
     load_images(model.cfg, "test")  # its config names a set that ships as well
@@ -137,7 +137,7 @@ def test_loading_needs_no_training_code():
 
 def test_the_how_tos_lines_run(tmp_path, monkeypatch, capsys):
     page = (ROOT / "website" / "howto" / "weights.md").read_text(encoding="utf-8")
-    section = page.partition("## The model that ships\n")[2].partition("\n## ")[0]
+    section = page.partition("## The models that ship\n")[2].partition("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     names = {"images": torch.zeros(2, 3, 32, 32)}
     exec(compile(block, "weights.md", "exec"), names)

@@ -28,7 +28,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from benchmarks.explorers import browser_page, find_chromium, live_waits, served, write_live_pages
 from wejepa import load_images, load_pretrained
 from wejepa.analysis.attention import record_attention
-from wejepa.config import MaskConfig, default_config
+from wejepa.config import MaskConfig
 from wejepa.masking import Masks, sample_block_masks
 
 pytestmark = pytest.mark.slow
@@ -163,7 +163,7 @@ def test_javascript_draws_masks_as_often_as_torch_does(code):
 def test_javascript_draws_the_published_masks_as_notebook_02_does(code):
     cells = nbformat.read(ROOT / "notebooks" / "02_mask_sampling.ipynb", as_version=4).cells
     cell = next(cell.source for cell in cells if cell.cell_type == "code" and "def published" in cell.source)
-    names = {"cfg": default_config(), "torch": torch, "math": math, "Masks": Masks}
+    names = {"rows": 8, "cols": 8, "torch": torch, "math": math, "Masks": Masks}
     exec(ast.unparse([node for node in ast.parse(cell).body if isinstance(node, ast.FunctionDef) and node.name == "published"]), names)
     generator, theirs = torch.Generator().manual_seed(0), torch.zeros(2, 64)
     for _ in range(300):

@@ -1,5 +1,6 @@
 """Figures show what they are given, and are closed."""
 
+import matplotlib.colors as mcolors
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -199,6 +200,12 @@ def test_maps_share_a_scale_unless_told_otherwise():
     assert [ax.images[0].get_clim() for ax in own.axes[:2]] == [(0, 1), (2, 5)]
 
 
+def test_maps_of_blocks_have_their_names_and_lines_between_them():
+    ax = visualization.plot_maps({"one": torch.rand(6, 6)}, blocks=["cat", "dog", "emu"]).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["cat", "dog", "emu"] and list(ax.get_xticks()) == [0.5, 2.5, 4.5]
+    assert sorted(line.get_ydata()[0] for line in ax.lines if line.get_ydata()[0] == line.get_ydata()[1]) == [1.5, 3.5]
+
+
 def test_similarity_maps_are_laid_out_as_the_grid_is():
     similarity = torch.rand(6, 6)
     fig = visualization.plot_similarity_maps({"one": similarity}, (2, 3))
@@ -261,7 +268,7 @@ def test_more_than_can_be_told_apart_is_refused_and_ten_curves_differ():
         lambda: visualization.plot_curves([1, 2], curves | {"more": [1, 1]}, x="size", y="patches"),
         lambda: visualization.plot_bands([1, 10], bands | {"more": torch.ones(1, 2)}, x="labels", y="accuracy"),
         lambda: visualization.plot_histories({str(i): [one] for i in range(11)}),
-        lambda: visualization.plot_comparison({str(i): scores for i in range(6)}),
+        lambda: visualization.plot_comparison({str(i): scores for i in range(7)}),
     ):
         with pytest.raises(ValueError, match="can be told apart"):
             too_many()
@@ -278,6 +285,20 @@ def test_bands_hold_their_lines():
     assert edge[:, 1].min() == 1 and edge[:, 1].max() == 6
 
 
+def test_the_same_rows_have_the_same_colours_as_bars_and_as_bands():
+    names = ["teacher", "random encoder", "raw pixels"]
+    bars = visualization.plot_comparison({name: {"grid": 0.5} for name in names}).axes[0].containers
+    bands = visualization.plot_bands([10, 100], {name: torch.ones(2, 2) for name in names}, x="labels", y="accuracy").axes[0].lines
+    assert [bar[0].get_facecolor() for bar in bars] == [mcolors.to_rgba(line.get_color()) for line in bands]
+    assert [bar.get_label() for bar in bars] == [line.get_label() for line in bands] == names
+
+
+def test_a_plane_has_one_scale_for_both_axes():
+    points = torch.tensor([[-50.0, -1.0], [50.0, 1.0], [0.0, 0.0]])
+    ax = visualization.plot_tsne_embeddings(points, torch.tensor([0, 1, 1]), ["one", "other"]).axes[0]
+    assert ax.get_aspect() == 1 and ax.get_adjustable() == "datalim"
+
+
 def test_confusion_is_coloured_by_the_row_and_bears_an_empty_class():
     fig = visualization.plot_confusion(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 2, 2]]), ["one", "none", "other"])
     assert not plt.fignum_exists(fig.number)
@@ -288,13 +309,18 @@ def test_confusion_is_coloured_by_the_row_and_bears_an_empty_class():
     assert [t.get_text() for t in ax.get_yticklabels()] == ["one", "none", "other"]
 
 
-def test_histories_of_one_name_share_a_colour_and_one_entry_of_the_legend():
-    history = [{"step": s, "loss": v, "teacher_variance": 0.5, "rankme": 8, "knn": 0.1} for s, v in ((0, float("nan")), (9, 0.2))]
-    fig = visualization.plot_histories({"one": [history, history], "other": [history]})
+def test_histories_of_one_name_are_a_median_and_a_band():
+    history, higher = (
+        [{"step": s, "loss": v, "teacher_variance": 0.5, "rankme": 8, "knn": 0.1} for s, v in ((0, float("nan")), (9, end))]
+        for end in (0.2, 0.4)
+    )
+    fig = visualization.plot_histories({"one": [history, higher], "other": [history]})
     assert not plt.fignum_exists(fig.number) and len(fig.axes) == 4
-    first, second, third = fig.axes[0].lines
-    assert first.get_color() == second.get_color() != third.get_color()
-    assert list(first.get_xdata()) == [0, 9] and first.get_ydata()[1] == 0.2 and fig.axes[0].get_yscale() == "log"
+    first, second = fig.axes[0].lines
+    assert first.get_color() != second.get_color()
+    assert list(first.get_xdata()) == [0, 9] and first.get_ydata()[1] == pytest.approx(0.3) and fig.axes[0].get_yscale() == "log"
+    edge = fig.axes[0].collections[0].get_paths()[0].vertices
+    assert edge[:, 1].min() == 0.2 and edge[:, 1].max() == 0.4
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["one", "other"]
 
 

@@ -358,7 +358,7 @@ class Collection:
             except Exception as error:  # Pillow raises many types
                 raise DataError(f"{self.files.folder / name} cannot be drawn ({reason_unreadable(error)}): build again") from error
         stems = [Path(name).stem for name in names]
-        titles = [stem if len(stem) <= 12 else f"{stem[:11]}…" for stem in stems]  # what fits above a thumbnail
+        titles = [stem if len(stem) <= 12 else f"{stem[:6]}…{stem[-5:]}" for stem in stems]  # what fits above a thumbnail
         titles = [title if isinstance(hit, str) else f"{title}\n{hit.similarity:.3f}" for title, hit in zip(titles, found, strict=True)]
         return plot_images(torch.stack(thumbnails), titles, columns=columns, title=title)
 

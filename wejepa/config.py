@@ -194,7 +194,7 @@ class ModelConfig(Section):
     norm_eps: float = setting(1e-6, "what the encoder's layer norms add to the variance", low=0, high=0.1)
     start_from: str | None = setting(
         None,
-        "weights that a new run begins with: our checkpoint, fashion (which ships), Meta's .pth.tar, a Hugging Face folder or name",
+        "weights that a new run begins with: our checkpoint, fashion or emoji (which ship), Meta's .pth.tar, a Hugging Face folder or name",
         optional=True,
     )
     classification_backbone: str | None = setting(None, "a torchvision classifier as encoder, or null for our own", optional=True)

@@ -19,6 +19,7 @@ from wejepa.backbones import StageEncoder, load_torchvision_weights
 from wejepa.config import IJepaConfig
 from wejepa.ema import update_teacher
 from wejepa.errors import ConfigError
+from wejepa.kernels import Linear
 from wejepa.masking import Masks
 from wejepa.patches import PatchEmbed, add_positions, pool_tokens, resize_positions, take
 from wejepa.presets import STAGE_WIDTHS
@@ -32,8 +33,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.record = False
         self.recorded: Tensor | None = None  # (B, heads, N, N)
 
@@ -64,7 +65,7 @@ class Block(nn.Module):
         hidden = int(dim * mlp_ratio)
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(Linear(dim, hidden), nn.GELU(), Linear(hidden, dim))
 
     def forward(self, x: Tensor, skip: int = 0) -> Tensor:  # (B, N, D) -> (B, N - skip, D)
         x = x[:, skip:] + self.attn(self.norm1(x), skip)
@@ -114,12 +115,12 @@ class Predictor(nn.Module):
         super().__init__()
         m = cfg.model
         self.grid_size, self.blockwise = cfg.grid_size, m.blockwise_prediction
-        self.embed = nn.Linear(m.embed_dim, m.pred_dim)
+        self.embed = Linear(m.embed_dim, m.pred_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, m.pred_dim))
         add_positions(self, m.positions, self.grid_size, m.pred_dim)
         self.blocks = nn.ModuleList(Block(m.pred_dim, m.num_heads, m.pred_mlp_ratio or m.mlp_ratio) for _ in range(m.pred_depth))
         self.norm = nn.LayerNorm(m.pred_dim, eps=1e-6)
-        self.proj = nn.Linear(m.pred_dim, m.embed_dim)
+        self.proj = Linear(m.pred_dim, m.embed_dim)
         init_transformer(self)
 
     def forward(self, context: Tensor, masks: Masks, grid_size: tuple[int, int] | None = None) -> Tensor:

@@ -16,14 +16,18 @@ from wejepa.model import IJEPA_base
 __all__ = ["PRETRAINED", "load_pretrained", "pretrained_facts"]
 
 # What each model learnt from: the licences of those images, which go with the weights.
-PRETRAINED = {"fashion": ("FASHION_MNIST_LICENSE",)}
+PRETRAINED = {
+    "fashion": ("FASHION_MNIST_LICENSE",),
+    "emoji": ("NOTO_EMOJI_LICENSE", "TWEMOJI_LICENSE", "EMOJI_DATASOURCE_LICENSE"),
+}
 
 
 def load_pretrained(name: str, device: str | torch.device = "cpu") -> IJEPA_base:
     """A small trained model that ships with wejepa: student, teacher and predictor, in evaluation mode. Nothing is downloaded.
 
     Args:
-        name: "fashion", trained on Fashion-MNIST's 60,000 training images at 32 x 32 (8 x 8 tokens).
+        name: "fashion", trained on Fashion-MNIST's 60,000 training images at 32 x 32 (8 x 8 tokens); or "emoji", trained on the 3,048
+            training drawings of `emoji` at 64 x 64 (16 x 16 tokens).
         device: where the model is wanted: "cpu", "cuda", "mps", or "auto" for the best one present.
 
     Raises:

@@ -159,7 +159,7 @@ def rankme(features: Tensor) -> float:
 def teacher_variance(tokens: Tensor) -> float:
     """Variance over the batch at a fixed position of layer-normalised tokens (B, N, D), averaged over positions and features.
 
-    Near 0 every image gives the same representation: collapse. At 1 what a token says is all content, no position.
+    Near 0 every image gives the same representation: collapse. At 1 the mean token over the images is zero at every place.
     """
     return float(F.layer_norm(tokens.float(), tokens.shape[-1:]).var(0).mean())
 

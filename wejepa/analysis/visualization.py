@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ __all__ = [
 CONTEXT, TARGET = "#0072B2", "#D55E00"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999", "#6A3D9A")
 MARKERS, LINES = "os^Dv*PX<>", ("-", "--", ":", "-.")
-BAR_COLOURS = (PALETTE[0], "#999999", PALETTE[4], PALETTE[2], PALETTE[3])
+BAR_COLOURS = (PALETTE[0], "#999999", PALETTE[4], PALETTE[2], PALETTE[3], PALETTE[5])
 HIDDEN = (150 / 255, 178 / 255, 209 / 255)  # red, green, blue of a hidden patch: a tint that neither black nor white clothes have
 WIDTH = 6.5  # inches between a page's margins
 STYLE = {
@@ -258,7 +258,7 @@ def plot_mask_steps(image: Tensor, steps: Mapping[str, tuple[Tensor, Sequence[Te
 @figure
 def plot_history(history: list[dict[str, Any]], *, title: str = "Pretraining") -> Figure:
     """Loss, teacher variance, RankMe and nearest-neighbour accuracy over the epochs of a run's history."""
-    panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
+    panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN, as logged"))
     panels = [(key, name) for key, name in panels if history[0].get(key) is not None]
     fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH * len(panels) / 4, 2.2), squeeze=False, layout="constrained")
     epochs = [entry["epoch"] for entry in history]
@@ -276,8 +276,8 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
     """Loss (logarithmic), teacher variance, RankMe and nearest-neighbour accuracy over the steps of several runs.
 
     Args:
-        runs: by name one or more histories, drawn in one colour: lists of dicts with step, loss, teacher_variance, rankme, knn, where a
-            loss may be NaN.
+        runs: by name one or more histories measured after the same steps, drawn as their median and a band from the smallest to the
+            largest: lists of dicts with step, loss, teacher_variance, rankme, knn, where a loss may be NaN.
         title: above the figure.
     """
     panels = (("loss", "smooth-L1 loss"), ("teacher_variance", "teacher variance"), ("rankme", "RankMe"), ("knn", "k-NN accuracy"))
@@ -285,14 +285,16 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
     fig, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), layout="constrained")
     for ax, (key, name) in zip(axes.flat, panels, strict=True):
         for (run, histories), style in zip(runs.items(), styles, strict=True):
-            for i, history in enumerate(histories):
-                values = [entry[key] for entry in history]
-                label = run if i == 0 else None
-                ax.plot([e["step"] for e in history], values, markersize=3, label=label, **style)
-        ax.set(title=name, xlabel="step")
+            steps = [entry["step"] for entry in histories[0]]
+            values = np.array([[entry[key] for entry in history] for history in histories], dtype=float)  # (runs, steps)
+            ax.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
+            ax.plot(steps, np.median(values, 0), markersize=3, label=run, **style)
+        ax.set_xscale("symlog", linthresh=10)  # most happens in the first steps
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.set(title=name, xlabel="step", xlim=(0, None))
         ax.grid(alpha=0.3)
     axes[0, 0].set_yscale("log")
-    for ax in axes.flat[1:]:
+    for ax in axes.flat[1:3]:
         ax.set_ylim(0, None)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     fig.suptitle(title)
@@ -306,7 +308,7 @@ def plot_comparison(
     *,
     title: str = "Test accuracy under one protocol",
 ) -> Figure:
-    """Bars for each row of a `Comparison`, one group for each way of reading the tokens.
+    """Bars for each row of a `Comparison`, one group for each way of reading the tokens; a row without one has no bar in its group.
 
     Args:
         rows: by the encoder's name, accuracies from 0 to 1.
@@ -319,9 +321,10 @@ def plot_comparison(
     _check_count(rows, len(BAR_COLOURS), "encoders")
     fig, ax = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
     width = 0.8 / len(rows)
-    for i, ((name, row), colour) in enumerate(zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True)):
+    present = {key: [name for name, row in rows.items() if key in row] for key, _ in groups}
+    for (name, row), colour in zip(rows.items(), BAR_COLOURS[: len(rows)], strict=True):
         found = [(g, key) for g, (key, _) in enumerate(groups) if key in row]
-        at = [g + (i - (len(rows) - 1) / 2) * width for g, _ in found]
+        at = [g + (present[key].index(name) - (len(present[key]) - 1) / 2) * width for g, key in found]
         reach = [100 * whiskers[name][key] for _, key in found] if whiskers else None
         ends = {"capsize": 2, "elinewidth": 0.8}
         bars = ax.bar(at, [100 * row[key] for _, key in found], width * 0.92, yerr=reach, error_kw=ends, color=colour, label=name)
@@ -330,14 +333,18 @@ def plot_comparison(
             ax.text(*place, f"{bar.get_height():.1f}", ha="center", va="bottom", fontsize=7)
     ax.set_xticks(range(len(groups)), [name for _, name in groups])
     ax.set(ylabel="accuracy, %", ylim=(0, 100), title=title)
-    ax.legend(ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    ax.legend(ncols=min(len(rows), 4), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     return fig
 
 
 @figure
 def plot_bands(x_values: Sequence[float], curves: dict[str, Tensor], *, x: str, y: str, title: str = "") -> Figure:
-    """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten."""
-    styles = line_styles(curves)
+    """For each name values (draws, X): the mean over the draws as a line, from smallest to largest as a band; x in powers of ten.
+
+    Colours come in the order of `plot_comparison`, so that the same rows look the same in both.
+    """
+    colours = [*BAR_COLOURS, *(colour for colour in PALETTE if colour not in BAR_COLOURS)]
+    styles = [style | {"color": colour} for style, colour in zip(line_styles(curves), colours, strict=False)]
     fig, ax = plt.subplots(figsize=(WIDTH * 0.85, 3.1), layout="constrained")
     for (name, values), style in zip(curves.items(), styles, strict=True):
         values = torch.as_tensor(values).float().cpu()
@@ -507,17 +514,18 @@ def plot_correspondences(
 
 @figure
 def plot_tsne_embeddings(points: Tensor, labels: Tensor, classes: Sequence[str], *, title: str = "t-SNE of the features") -> Figure:
-    """A scatter of points (N, 2): each class (N,) has a colour, a marker, and its name at the median of its points."""
+    """A scatter of points (N, 2), both axes on one scale: each class (N,) has a colour, a marker, and its name at its points' median."""
     points, labels = points.cpu(), labels.cpu()
     fig, ax = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
     for i, name in enumerate(classes):
         own = points[labels == i]
         if len(own):
             colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-            ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, s=9, linewidths=0, label=name)
+            ax.scatter(own[:, 0], own[:, 1], color=colour, marker=marker, s=14, linewidths=0.3, edgecolors="black", label=name)
             outline = [withStroke(linewidth=2.5, foreground="white")]  # readable on any point
             ax.text(*own.median(0).values.tolist(), name, fontsize=8, ha="center", va="center", path_effects=outline, zorder=3)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    ax.set_aspect("equal", adjustable="datalim")  # a distance means the same along both axes
     ax.set(xlabel="t-SNE 1", ylabel="t-SNE 2", title=title)
     return fig
 
@@ -627,6 +635,7 @@ def plot_maps(
     shared: bool = True,
     numbers: str = "",
     limits: tuple[float, float] | None = None,
+    blocks: Sequence[str] = (),
     title: str = "",
 ) -> Figure:
     """Maps (H, W) over a token grid side by side, with colour bars.
@@ -637,6 +646,7 @@ def plot_maps(
         shared: one scale for all, with one bar; otherwise each has its own.
         numbers: a format such as ".0f" to write every value into its cell.
         limits: the scale's ends, by default the smallest and the largest value.
+        blocks: names of equal blocks that rows and columns consist of, with lines between them.
         title: above the figure.
     """
     maps = {name: values.detach().float().cpu() for name, values in maps.items()}
@@ -653,12 +663,23 @@ def plot_maps(
         ):
             ink = "white" if value < (low + high) / 2 else "black"
             ax.text(col, row, format(value, numbers), ha="center", va="center", color=ink, fontsize=7)
-        ax.set(title=name, xlabel="column")
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.set_title(name)
+        if blocks:
+            size = len(values) / len(blocks)
+            middles = [(i + 0.5) * size - 0.5 for i in range(len(blocks))]
+            ax.set_xticks(middles, blocks, rotation=45, ha="right")
+            ax.set_yticks(middles, blocks if ax is axes[0, 0] else [])
+            for i in range(1, len(blocks)):
+                ax.axhline(i * size - 0.5, color="white", linewidth=0.6)
+                ax.axvline(i * size - 0.5, color="white", linewidth=0.6)
+        else:
+            ax.set_xlabel("column")
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         if not shared:
             fig.colorbar(drawn, ax=ax, shrink=0.8, label=label)
-    axes[0, 0].set_ylabel("row")
+    if not blocks:
+        axes[0, 0].set_ylabel("row")
     if shared:
         fig.colorbar(drawn, ax=list(axes[0]), shrink=0.8, label=label)
     fig.suptitle(title)

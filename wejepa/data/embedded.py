@@ -24,6 +24,8 @@ SHA256 = {
     "chelsea.png": "9e0b1b03627c5cbbf8859bd325c5a019b11a71a3075c42229e6cbc4f938cf6ce",
     "collapse.json": "41186404688ec5c60fa04aa3bfb40ce588cfa7cb6e4e2570d4edef00f5c8bfe1",
     "emoji.csv": "395d7a545d4e34762d2526360b5c924dee3c5374770ca9d76bc1edeb3c59e5e2",
+    "emoji.json": "b8c0c983c57132e9da27a834957222b75ce03a5c305c1d2ee23f9caeacfed0a2",
+    "emoji.safetensors": "8ede4dfbadc56e3007c5c960061ad1a48f13ec50c31b76de746b5c67e6facf23",
     "emoji_noto.webp": "a5cf767808fadd253114e12ba3fdec709f0ff8cf8d464453d54fa9650d796111",
     "emoji_twemoji.webp": "0186d601f070c75233b618938a24c89febfd75fe7388598ff168614bf988c65c",
     "fashion.json": "98de42e878c7e1ee61f1fd9a298e2a96ab4893aa7af901d28099992413efb64c",

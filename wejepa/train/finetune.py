@@ -53,7 +53,7 @@ class FinetuneConfig(Section):
     """How features are judged."""
 
     checkpoint: str = setting(
-        "outputs/pretrain/latest.pt", "checkpoint of wejepa.train.pretrain, or the name of a model that ships: fashion"
+        "outputs/pretrain/latest.pt", "checkpoint of wejepa.train.pretrain, or the name of a model that ships: fashion, emoji"
     )
     encoder: str = setting("teacher", "teacher, as in the paper, or student")
     pooling: str = setting("mean", "what the probe reads: mean of the last layer's tokens, layers (of each layer's), or grid (4 x 4 cells)")
@@ -220,11 +220,15 @@ class Comparison:
         return float(ahead.mean()), low, high
 
     def table(self) -> str:
-        """The rows as a Markdown table, accuracies in percent; and how far the first is ahead of each other row, with its interval."""
-        lines = ["| " + " | ".join(["", *READINGS.values(), "training, s"]) + " |", "|---|" + "---:|" * (len(READINGS) + 1)]
+        """The rows as a Markdown table, accuracies in percent; and the seconds of training, where any row took some."""
+        timed = any(row["seconds"] for row in self.rows.values())
+        titles = [*READINGS.values(), *(["training, s"] if timed else [])]
+        lines = ["| " + " | ".join(["", *titles]) + " |", "|---|" + "---:|" * len(titles)]
         for name, row in self.rows.items():
-            scores = [f"{100 * row[key]:.1f}" if key in row else "-" for key in READINGS]
-            lines.append("| " + " | ".join([name, *scores, f"{row['seconds']:.0f}" if row["seconds"] else "-"]) + " |")
+            cells = [f"{100 * row[key]:.1f}" if key in row else "-" for key in READINGS]
+            if timed:
+                cells.append(f"{row['seconds']:.0f}" if row["seconds"] else "-")
+            lines.append("| " + " | ".join([name, *cells]) + " |")
         return "\n".join(lines)
 
     def differences(self) -> str:
