@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from benchmarks import evidence
 from benchmarks.recording import ROOT, command_line, write_recording
-from wejepa.config import default_config
 from wejepa.data import MemoryImages
 from wejepa.devices import precision
 from wejepa.files import replaced
@@ -196,7 +195,7 @@ def published_masks() -> Callable[..., Masks]:
     (published,) = [
         node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.FunctionDef) and node.name == "published"
     ]
-    names = {"torch": torch, "math": math, "Masks": Masks, "cfg": default_config()}
+    names = {"torch": torch, "math": math, "Masks": Masks}
     exec(compile(ast.Module([published], []), str(MASKS_NOTEBOOK), "exec"), names)
     return lambda batch_size, grid_size, cfg, generator: names["published"](batch_size, cfg, generator, grid=grid_size)
 
