@@ -42,8 +42,9 @@ NOTEBOOK, MASKS_NOTEBOOK = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("0
 RESULTS = Path(__file__).resolve().parent / "objectives"
 MERGED = ROOT / "wejepa" / "assets" / "objectives.json"
 CALIBRATION = RESULTS / "calibration.json"
-SETS, SEEDS, PARTS = ("fashion_mnist_mini", "emoji"), (0, 1, 2, 3, 4), ("trials", "main", "ablations", "references")
+SETS, SEEDS, PARTS = ("fashion_mnist_mini", "emoji"), (0, 1, 2, 3, 4), ("trials", "main", "ablations", "longer", "references")
 BUDGET = 400  # steps of I-JEPA
+LONGER, LONGER_OBJECTIVES = 4, ("I-JEPA", "MAE", "SimCLR")  # times as many steps, for some of them
 RATES = (7.5e-4, 1.5e-3, 3e-3)
 DRAWS = {50: 3, 500: 1}  # draws of so many labelled images of each class; emoji's classes have 136 to 618
 SOME_LABELS = 200  # of each class, for the trials and for readings on the way
@@ -166,10 +167,10 @@ def chosen_rate(objective: str) -> float:
     return max(found, key=lambda result: max(statistics.mean(scores.values()) for scores in result["scores"].values()))["rate"]
 
 
-def trained(dataset: str, objective: str, kind: type, seed: int, encoders: tuple[str, ...], settings: Any = None) -> Result:
+def trained(dataset: str, objective: str, kind: type, seed: int, encoders: tuple[str, ...], settings: Any = None, times: int = 1) -> Result:
     """A whole run at the chosen rate; judged on the way, and at its end those of its encoders that are named."""
     names = definitions(dataset)
-    steps, rate = steps_of(dataset, objective), chosen_rate(objective)
+    steps, rate = times * steps_of(dataset, objective), chosen_rate(objective)
     options = {} if settings is None else {"settings": settings}
     model, history = names["run"](kind, seed, steps, rate, names["images"], judge_of(dataset, SOME_LABELS), **options)
     right = {name: right_of(encoder, dataset) for name, encoder in encoders_of(model).items() if name in encoders}
@@ -179,6 +180,12 @@ def trained(dataset: str, objective: str, kind: type, seed: int, encoders: tuple
 def main_run(dataset: str, objective: str, seed: int) -> Result:
     kind = definitions(dataset)["objectives"][objective]
     return {"kind": "main"} | trained(dataset, objective, kind, seed, ("student", "teacher"))
+
+
+def longer_run(objective: str, seed: int) -> Result:
+    """The same on the first set, for more steps."""
+    kind = definitions(SETS[0])["objectives"][objective]
+    return {"kind": "longer"} | trained(SETS[0], objective, kind, seed, ("student", "teacher"), times=LONGER)
 
 
 def random_patches(batch_size: int, grid_size: tuple[int, int], cfg: Any, generator: torch.Generator) -> Masks:
@@ -268,6 +275,8 @@ def queue(seeds: tuple[int, ...]) -> Iterator[Run]:
         for variant in ABLATIONS:
             file = RESULTS / f"ablation-{variant.replace(' ', '-')}-{seed}.json"
             yield "ablations", file, functools.partial(ablation, variant, seed)
+        for objective in LONGER_OBJECTIVES:
+            yield "longer", RESULTS / f"longer-{objective}-{seed}.json", functools.partial(longer_run, objective, seed)
     for seed in later:
         for dataset in SETS:
             yield from main_runs(dataset, seed)
@@ -314,7 +323,7 @@ def merge(args: argparse.Namespace) -> int:
     for result in runs:
         for name in ("cpu", "precision", "torch", "threads"):
             del result[name]
-        if result["kind"] == "ablation":  # of which the notebook shows one number of labels
+        if result["kind"] in ("ablation", "longer"):  # of which the notebook shows one number of labels
             result["right"] = {
                 name: {key: right[key] for key in right if key.startswith("500/")} for name, right in result["right"].items()
             }
