@@ -1,6 +1,6 @@
 """Do crops teach an encoder to bear a shifted image? Pretrained with and without them, and probed on images moved by up to two pixels.
 
-    python -m benchmarks.shift run      # six runs of 10 epochs, two minutes each on one core; may be stopped at any time
+    python -m benchmarks.shift run      # eight runs of 10 epochs, two minutes each on one core; may be stopped at any time
     python -m benchmarks.shift merge    # all of them into wejepa/assets/shift.json, which notebook 04 shows
 
 Every encoder reads the same images: 5,000 labelled and 2,000 test images of fashion_mnist_mini, on the 4 x 4 grid, as they are and moved.
@@ -30,7 +30,7 @@ from wejepa.train.pretrain import launch_pretraining
 RESULTS = Path(__file__).resolve().parent / "shift"
 MERGED = ROOT / "wejepa" / "assets" / "shift.json"
 CROPS = {"crops": (0.8, 1.0), "no crops": (1.0, 1.0)}  # share of the image that a training crop keeps
-SEEDS, EPOCHS, BY = (0, 1, 2), 10, 2
+SEEDS, EPOCHS, BY = (0, 1, 2, 3), 10, 2
 
 
 def moved(images: Tensor, by: int, generator: torch.Generator) -> Tensor:

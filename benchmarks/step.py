@@ -4,6 +4,7 @@
     python -m benchmarks.step --compiled       # torch.compile as well, and when it pays
     python -m benchmarks.step --profile        # where the time of a step goes
     python -m benchmarks.step --avx2           # as on a processor without bfloat16
+    python -m benchmarks.step --before PATH    # beside another checkout's step (git worktree add PATH COMMIT)
 
 The share is of the rate of products of 1024 x 1024 matrices in the same run, in bfloat16 or, where there is none, in float32. It counts
 only the arithmetic that the model needs: products of the student on its context, of the teacher on all patches, of the predictor on
@@ -13,8 +14,12 @@ nothing.
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,15 +43,18 @@ from wejepa.memory import freed_memory_kept
 from wejepa.train.loop import Pretraining
 
 CONFIGURATIONS = ("32 x 32", "224 x 224")
+HERE = Path(__file__).resolve().parents[1]
 
 
 def configuration(name: str, bfloat16: bool = True, compiled: bool = False) -> IJepaConfig:
-    """The two that are measured; targets of one shape, so that each step does the same work.
+    """The two that are measured, with targets of one shape, so that each step does the same work; or the "default" one, as it is.
 
     32 x 32 has patches of 4, width 192, depth 6, a predictor of 96 x 4, batches of 128, 10 context patches and 4 targets of 12;
     224 x 224 has patches of 16, width 384, depth 12, a predictor of 192 x 6, batches of 16, 65 context patches and 4 targets of 36.
     """
-    if name == "32 x 32":
+    if name == "default":
+        model, mask, batch = ModelConfig(), MaskConfig(), DataConfig().train_batch_size
+    elif name == "32 x 32":
         model = ModelConfig(img_size=32, patch_size=4, embed_dim=192, enc_depth=6, pred_dim=96, pred_depth=4, num_heads=6)
         mask = MaskConfig(target_scale=(12 / 64, 12 / 64), target_aspect_ratio=(0.75, 0.75), context_share=10 / 64)
         batch = 128
@@ -65,6 +73,8 @@ def images_of(cfg: IJepaConfig) -> torch.Tensor:
 
 def make_step(cfg: IJepaConfig) -> Callable[[], Any]:
     """The package's own step, as `Pretraining.run` takes it."""
+    cfg = cfg.copy()
+    cfg.hardware.output_dir += f"/{os.getpid()}"  # a run keeps others from its folder
     kept, run, images = freed_memory_kept(), Pretraining(cfg), images_of(cfg)
     kept.__enter__()
 
@@ -72,6 +82,31 @@ def make_step(cfg: IJepaConfig) -> Callable[[], Any]:
         return run.train_step(images)
 
     return step
+
+
+def make_step_of(checkout: Path, cfg: dict[str, Any]) -> Callable[[], Any]:
+    """The step of another checkout, in a process that has taken nothing from it yet."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("wejepa", "benchmarks")]:
+        del sys.modules[name]
+    sys.path.insert(0, str(checkout))
+    return importlib.import_module("benchmarks.step").make_step(importlib.import_module("wejepa.config").IJepaConfig.from_dict(cfg))
+
+
+def beside(checkout: Path, args) -> None:
+    """How many times as fast a step is here as in the other checkout, in turn, for each configuration and type."""
+    rows, figures = [], {}
+    for name in ("default", *args.only):
+        for kind in dict.fromkeys((native_precision(), "float32")):
+            cfg = configuration(name, kind == "bfloat16").to_dict()
+            contenders = [
+                Contender(when, make_step_of, (there, cfg), args.threads) for when, there in (("before", checkout), ("now", HERE))
+            ]
+            times = in_turn(contenders, args.repeats, clock=args.clock)
+            gain = ratio(times["before"], times["now"])
+            rows.append([f"{name}, {kind}", *milliseconds(times["before"]), *milliseconds(times["now"]), f"{gain:.2f}"])
+            figures[rows[-1][0]] = plain(times) | {"ratio": gain}
+    head = ["", "before, median, ms", "10 to 90 %, ms", "now, median, ms", "10 to 90 %, ms", "times as fast"]
+    tell(f"A step before and now, {args.threads} thread(s), {args.clock} time", head, rows, figures, args)
 
 
 def arithmetic(cfg: IJepaConfig) -> int:
@@ -123,7 +158,10 @@ def main() -> None:
     options.add_argument("--only", choices=CONFIGURATIONS, nargs="+", default=CONFIGURATIONS)
     options.add_argument("--compiled", action="store_true", help="torch.compile as well")
     options.add_argument("--profile", action="store_true", help="print a profile instead")
+    options.add_argument("--before", type=Path, help="another checkout, to time its step beside this one's")
     args = asked(options)
+    if args.before:
+        return beside(args.before.resolve(), args)
     native = native_precision()
     for name in args.only:
         if args.profile:

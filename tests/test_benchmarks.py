@@ -19,7 +19,7 @@ from benchmarks.curve import averaged, seconds_to
 from benchmarks.learning import merge, table
 from benchmarks.mutations import MUTATIONS, ROOT
 from benchmarks.scaling import exponent
-from benchmarks.step import arithmetic, configuration
+from benchmarks.step import HERE, arithmetic, configuration, make_step_of
 from benchmarks.timing import AVX2, Contender, Times, asked, in_turn, milliseconds, parser, ratio, tell
 from wejepa.config import default_config, photos96_config
 from wejepa.data import load_images, training_batches
@@ -135,6 +135,14 @@ def test_the_arithmetic_of_a_step_is_that_of_its_matrix_products():
             value = loss(images, masks)
         value.backward()
     assert abs(counter.get_total_flops() / arithmetic(cfg) - 1) < 0.02
+
+
+def test_the_step_of_another_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = configuration("default", bfloat16=False)
+    cfg.data.train_batch_size = 2
+    times = in_turn([Contender("here", make_step_of, (HERE, cfg.to_dict()))], repeats=1, warmup=0)
+    assert times["here"].median > 0
 
 
 def test_the_exponent_of_growth():

@@ -433,8 +433,7 @@ def figures() -> dict:
         "plot_tsne_embeddings": lambda: v.plot_tsne_embeddings(points, labels, ["a", "b"]),
         "to_picture": lambda: v.to_picture(images[0], [0.5], [0.5]),
         "visualize_attention_scores": lambda: [
-            v.visualize_attention_scores(images[0], [weights], (2, 2), foreground=there(torch.eye(2)).bool()),
-            *(v.visualize_attention_scores(images[0], [weights], (2, 2), query=query) for query in (None, 1)),
+            v.visualize_attention_scores(images[0], [weights], (2, 2), query=query) for query in (None, 1)
         ],
     }
 

@@ -386,7 +386,6 @@ def visualize_attention_scores(
     layers: Sequence[int] | None = None,
     heads: bool = False,
     overlay: bool = False,
-    foreground: Tensor | None = None,
     title: str = "",
 ) -> Figure:
     """Attention over an image, one heatmap a layer, averaged over the heads, all on one colour scale.
@@ -400,7 +399,6 @@ def visualize_attention_scores(
         layers: which layers, all by default.
         heads: a row for each head, instead of their mean.
         overlay: lay the maps over the image, which shows through.
-        foreground: (rows, columns) of the grid, true where attention is shown; elsewhere is the tint HIDDEN.
         title: above the figure.
     """
     encoders = attentions if isinstance(attentions, Mapping) else {"": attentions}
@@ -414,10 +412,7 @@ def visualize_attention_scores(
         for head in range(seen.shape[1]):
             of_head = f"head {head + 1}" if heads else ""
             maps[", ".join(filter(None, (name, of_head)))] = seen[:, head].view(-1, *grid_size)
-    if foreground is not None:
-        maps = {name: values.masked_fill(~foreground.bool().cpu(), torch.nan) for name, values in maps.items()}
-    largest = max(float(values.nan_to_num(0).max()) for values in maps.values())
-    colours = plt.get_cmap("cividis").with_extremes(bad=HIDDEN)
+    largest = max(float(values.max()) for values in maps.values())
 
     fig, axes = _canvas(len(maps), 1 + len(layers), 1.5, beside=1.0, above=0.5)
     picture, corners = to_picture(image), (-0.5, image.shape[-1] - 0.5, image.shape[-2] - 0.5, -0.5)
@@ -428,7 +423,7 @@ def visualize_attention_scores(
         for ax, heat in zip(line[1:], values, strict=True):
             if overlay:
                 ax.imshow(picture)
-            drawn = ax.imshow(heat, cmap=colours, vmin=0, vmax=largest, extent=corners, alpha=0.7 if overlay else 1)
+            drawn = ax.imshow(heat, cmap="cividis", vmin=0, vmax=largest, extent=corners, alpha=0.7 if overlay else 1)
     for ax, text in zip(axes[0], ("image", *(f"layer {k % depth + 1}" for k in layers)), strict=True):
         ax.set_title(text)
     fig.colorbar(

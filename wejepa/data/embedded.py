@@ -22,7 +22,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 # SHA-256 of each file, as scripts/make_assets.py prints them.
 SHA256 = {
     "chelsea.png": "9e0b1b03627c5cbbf8859bd325c5a019b11a71a3075c42229e6cbc4f938cf6ce",
-    "collapse.json": "41186404688ec5c60fa04aa3bfb40ce588cfa7cb6e4e2570d4edef00f5c8bfe1",
+    "collapse.json": "5a1cb5c541d26d4ca001bb8906c739d46df24e1cbb5f9536a33142d8f564ddb9",
     "emoji.csv": "395d7a545d4e34762d2526360b5c924dee3c5374770ca9d76bc1edeb3c59e5e2",
     "emoji.json": "b8c0c983c57132e9da27a834957222b75ce03a5c305c1d2ee23f9caeacfed0a2",
     "emoji.safetensors": "8ede4dfbadc56e3007c5c960061ad1a48f13ec50c31b76de746b5c67e6facf23",
@@ -33,8 +33,8 @@ SHA256 = {
     "fashion_mnist_mini_labels.npz": "d749ddb33cf41812aab38d4b0bc0ab9a6cb61b2a365d20865f324ffd4907787e",
     "fashion_mnist_mini_test.png": "2c9dcf338ca3d8f90ac1504e912d0707e4ae60ad461ed5d1c9214e1c4f7ec1e7",
     "fashion_mnist_mini_train.png": "cb3c4f430f5ef6988a6a407398ee6f546929cdaad178d26cc131502c9d7f5202",
-    "own_images.json": "7439852d974898dd2778f449eff142c33ae3732ba9e4b9d8b2a9b9f2c253b03c",
-    "shift.json": "3baff0ee82453f15c2d57485a7d65de4247c42ec994d6920c2e4d7b3649c146c",
+    "own_images.json": "d4f2269aa9d330b9f0da8026bb8d9516419f4d88f9628517ab9dd7509a2e1980",
+    "shift.json": "0c5e2a4d6005ab7308ebd10a3cdeaac53cae94e1b2fd9fa0a4bb5382e9d03bed",
 }
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 EMOJI_CLASSES = ("Smileys", "People", "Animals", "Food", "Travel", "Activities", "Objects", "Symbols", "Flags")
