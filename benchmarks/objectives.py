@@ -7,8 +7,8 @@
 
 The objectives and the loop are the notebook's own: the cells tagged "recorded" are executed here. Each objective gets as many steps as
 cost what BUDGET steps of I-JEPA cost by the calibration, so a run is a function of its seed, whatever else the machine does meanwhile. Each
-objective's rate is chosen among RATES before, by trials of half the steps with one seed, which are trained on four fifths of the *training*
-images and judged on the last fifth. A run is one small JSON file in benchmarks/objectives/.
+objective's rate is chosen among RATES before, for both sets by trials on the first: half the steps, one seed, trained on four fifths of
+the *training* images, judged on the last fifth. A run is one small JSON file in benchmarks/objectives/.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks import evidence
 from benchmarks.recording import ROOT, command_line, write_recording
-from wejepa.data import MemoryImages, emoji_index
+from wejepa.data import MemoryImages
 from wejepa.devices import precision
 from wejepa.files import replaced
 from wejepa.masking import Masks
@@ -42,10 +42,11 @@ NOTEBOOK, MASKS_NOTEBOOK = (ROOT / "notebooks" / f"{name}.ipynb" for name in ("0
 RESULTS = Path(__file__).resolve().parent / "objectives"
 MERGED = ROOT / "wejepa" / "assets" / "objectives.json"
 CALIBRATION = RESULTS / "calibration.json"
-SETS, SEEDS, PARTS = ("fashion_mnist_mini", "emoji"), (0, 1, 2, 3, 4), ("trials", "main", "ablations", "references")
-BUDGET = 800  # steps of I-JEPA
+SETS, SEEDS, PARTS = ("fashion_mnist_mini", "emoji"), (0, 1, 2, 3, 4), ("trials", "main", "ablations", "longer", "references")
+BUDGET = 400  # steps of I-JEPA
+LONGER, LONGER_OBJECTIVES = 4, ("I-JEPA", "MAE", "SimCLR")  # times as many steps, for some of them
 RATES = (7.5e-4, 1.5e-3, 3e-3)
-LABELS, DRAWS = (50, 1000), 3  # labelled images of each class; no class has more than 1,000, so that is all of them
+DRAWS = {50: 3, 500: 1}  # draws of so many labelled images of each class; emoji's classes have 136 to 618
 SOME_LABELS = 200  # of each class, for the trials and for readings on the way
 
 
@@ -108,15 +109,6 @@ def judge_of(dataset: str, labels: int = 0) -> Judge:
     return Judge(FinetuneConfig(labels_per_class=labels), definitions(dataset)["cfg"])
 
 
-def held_out(source: MemoryImages, dataset: str) -> Tensor:
-    """Which training images (N,) are kept for the choice of the rate: a fifth, the drawings of one emoji on the same side."""
-    groups = [emoji.group for emoji in emoji_index()] if dataset == "emoji" else list(range(len(source)))
-    names = sorted(set(groups))
-    order = torch.randperm(len(names), generator=generator_for(0, 9)).tolist()
-    chosen = {names[i] for i in order[: len(names) // 5]}
-    return torch.tensor([group in chosen for group in groups])
-
-
 def part_of(source: MemoryImages, index: Tensor) -> MemoryImages:
     options = {name: getattr(source, name) for name in ("img_size", "in_chans", "mean", "std")}
     return MemoryImages(source.images[index], source.labels[index], source.classes, **options)
@@ -125,8 +117,9 @@ def part_of(source: MemoryImages, index: Tensor) -> MemoryImages:
 def judge_of_trials(dataset: str) -> Judge:
     """The same protocol on training images alone: a fifth of them takes the place of the test images."""
     judge = Judge(FinetuneConfig(labels_per_class=SOME_LABELS), definitions(dataset)["cfg"])
-    out = held_out(judge.train, dataset)
-    judge.train, judge.test = part_of(judge.train, ~out), part_of(judge.train, out)
+    order = torch.randperm(len(judge.train), generator=generator_for(0, 9))
+    held, kept = order[: len(order) // 5].sort().values, order[len(order) // 5 :].sort().values
+    judge.train, judge.test = part_of(judge.train, kept), part_of(judge.train, held)
     judge.draw_labels(0)
     judge.test_index, judge.test_y = torch.arange(len(judge.test)), judge.test.labels
     return judge
@@ -134,12 +127,14 @@ def judge_of_trials(dataset: str) -> Judge:
 
 def right_of(encoder: nn.Module, dataset: str) -> dict[str, dict[str, str]]:
     """For each "labels/draw" and reading, which test images are classified rightly, as `benchmarks.evidence` keeps it."""
-    row = evidence.Row("", lambda judge, seed: judge.features(encoder, ("mean", "grid")))
-    return judged_row(row, dataset, 0)
+    return judged(judge_of(dataset).features(encoder, ("mean", "grid")), dataset)
 
 
-def judged_row(row: evidence.Row, dataset: str, seed: int) -> dict[str, dict[str, str]]:
-    return evidence.judged(row, judge_of(dataset), seed, LABELS, DRAWS)
+def judged(features: evidence.Features, dataset: str) -> dict[str, dict[str, str]]:
+    row, found = evidence.Row("", lambda judge, seed: features), {}
+    for labels, draws in DRAWS.items():
+        found |= evidence.judged(row, judge_of(dataset), 0, (labels,), draws)
+    return found
 
 
 def encoders_of(objective: nn.Module) -> dict[str, nn.Module]:
@@ -153,8 +148,9 @@ def encoders_of(objective: nn.Module) -> dict[str, nn.Module]:
 Result = dict[str, Any]
 
 
-def trial(dataset: str, objective: str, rate: float) -> Result:
-    """Half the steps on four fifths of the training images; accuracy on the fifth."""
+def trial(objective: str, rate: float) -> Result:
+    """Half the steps on four fifths of the training images of the first set; accuracy on the fifth."""
+    dataset = SETS[0]
     names, judge = definitions(dataset), judge_of_trials(dataset)
     *_, (model, _, loss) = names["descend"](names["objectives"][objective], 0, steps_of(dataset, objective) // 2, rate, judge.train)
     scores = {name: share(judge.right(encoder)) for name, encoder in encoders_of(model).items()}
@@ -165,19 +161,19 @@ def share(right: dict[str, Tensor]) -> dict[str, float]:
     return {name: round(float(values.double().mean()), 4) for name, values in right.items() if name != "layers"}
 
 
-def chosen_rate(dataset: str, objective: str) -> float:
+def chosen_rate(objective: str) -> float:
     """The rate whose encoder was the best on average over the three readings; of student and teacher, the better one."""
-    found = [json.loads(trial_file(dataset, objective, rate).read_text()) for rate in RATES]
+    found = [json.loads(trial_file(objective, rate).read_text()) for rate in RATES]
     return max(found, key=lambda result: max(statistics.mean(scores.values()) for scores in result["scores"].values()))["rate"]
 
 
-def trained(dataset: str, objective: str, kind: type, seed: int, judged: tuple[str, ...], settings: Any = None) -> Result:
-    """A whole run at the chosen rate; judged on the way, and at its end of its encoders those of the names."""
+def trained(dataset: str, objective: str, kind: type, seed: int, encoders: tuple[str, ...], settings: Any = None, times: int = 1) -> Result:
+    """A whole run at the chosen rate; judged on the way, and at its end those of its encoders that are named."""
     names = definitions(dataset)
-    steps, rate = steps_of(dataset, objective), chosen_rate(dataset, objective)
+    steps, rate = times * steps_of(dataset, objective), chosen_rate(objective)
     options = {} if settings is None else {"settings": settings}
     model, history = names["run"](kind, seed, steps, rate, names["images"], judge_of(dataset, SOME_LABELS), **options)
-    right = {name: right_of(encoder, dataset) for name, encoder in encoders_of(model).items() if name in judged}
+    right = {name: right_of(encoder, dataset) for name, encoder in encoders_of(model).items() if name in encoders}
     return {"set": dataset, "objective": objective, "seed": seed, "steps": steps, "rate": rate, "history": history, "right": right}
 
 
@@ -186,7 +182,13 @@ def main_run(dataset: str, objective: str, seed: int) -> Result:
     return {"kind": "main"} | trained(dataset, objective, kind, seed, ("student", "teacher"))
 
 
-def random_blocks(batch_size: int, grid_size: tuple[int, int], cfg: Any, generator: torch.Generator) -> Masks:
+def longer_run(objective: str, seed: int) -> Result:
+    """The same on the first set, for more steps."""
+    kind = definitions(SETS[0])["objectives"][objective]
+    return {"kind": "longer"} | trained(SETS[0], objective, kind, seed, ("student", "teacher"), times=LONGER)
+
+
+def random_patches(batch_size: int, grid_size: tuple[int, int], cfg: Any, generator: torch.Generator) -> Masks:
     """As many single patches as context and as targets, 60 % of the grid, at random."""
     count = grid_size[0] * grid_size[1]
     order = torch.rand(batch_size, count, generator=generator).argsort(1)
@@ -196,17 +198,13 @@ def random_blocks(batch_size: int, grid_size: tuple[int, int], cfg: Any, generat
 
 def published_masks() -> Callable[..., Masks]:
     """The published sampler, as notebook 02 writes it down."""
-    wanted = {"published", "rectangle"}
     cells = [cell.source for cell in nbformat.read(MASKS_NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
-    found = [node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.FunctionDef) and node.name in wanted]
+    (published,) = [
+        node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.FunctionDef) and node.name == "published"
+    ]
     names = {"torch": torch, "math": math, "Masks": Masks}
-    exec(compile(ast.Module(found, []), str(MASKS_NOTEBOOK), "exec"), names)
-
-    def sample(batch_size: int, grid_size: tuple[int, int], cfg: Any, generator: torch.Generator) -> Masks:
-        names["rows"], names["cols"] = grid_size
-        return names["published"](batch_size, cfg, generator)
-
-    return sample
+    exec(compile(ast.Module([published], []), str(MASKS_NOTEBOOK), "exec"), names)
+    return lambda batch_size, grid_size, cfg, generator: names["published"](batch_size, cfg, generator, grid=grid_size)
 
 
 def one_block(mask: Any) -> None:
@@ -221,7 +219,7 @@ def context(share_seen: float) -> Callable[[Any], None]:
 ABLATIONS: dict[str, tuple[dict[str, Any], Callable[[Any], None]]] = {
     "published sampler": ({"sample_masks": lambda: staticmethod(published_masks())}, lambda mask: None),
     "one large block": ({}, one_block),
-    "random patches": ({"sample_masks": lambda: staticmethod(random_blocks)}, lambda mask: None),
+    "random patches": ({"sample_masks": lambda: staticmethod(random_patches)}, lambda mask: None),
     "context 0.2": ({}, context(0.2)),
     "context 0.5": ({}, context(0.5)),
     "no crops": ({"crop_scale": lambda: (1.0, 1.0)}, lambda mask: None),
@@ -248,42 +246,46 @@ def reference(dataset: str, row: str, seed: int) -> Result:
         right = right_of(untrained(cfg).teacher_encoder, dataset)
     else:
         features = {"raw pixels": evidence.pixels, "k-means of patches": evidence.k_means_patches}[row]
-        right = judged_row(evidence.Row(row, features), dataset, seed)
+        right = judged(features(judge_of(dataset), seed), dataset)
     return {"kind": "reference", "set": dataset, "row": row, "seed": seed, "right": {"student": right}}
 
 
-def trial_file(dataset: str, objective: str, rate: float) -> Path:
-    return RESULTS / f"trial-{dataset}-{objective}-{rate:g}.json"
+def trial_file(objective: str, rate: float) -> Path:
+    return RESULTS / f"trial-{objective}-{rate:g}.json"
 
 
-def queue(seeds: tuple[int, ...]) -> Iterator[tuple[str, Path, Callable[[], Result]]]:
+Run = tuple[str, Path, Callable[[], Result]]
+
+
+def queue(seeds: tuple[int, ...]) -> Iterator[Run]:
     """All runs: which part they belong to, their file, and what makes them; useful wherever it is cut."""
-    objectives = list(definitions(SETS[0])["objectives"])
-    for dataset in SETS:
-        for objective in objectives:
-            for rate in RATES:
-                yield "trials", trial_file(dataset, objective, rate), functools.partial(trial, dataset, objective, rate)
-
-    def main_runs(seed: int) -> Iterator[tuple[str, Path, Callable[[], Result]]]:
-        for dataset in SETS:
-            for objective in objectives:
-                file = RESULTS / f"main-{dataset}-{objective}-{seed}.json"
-                yield "main", file, functools.partial(main_run, dataset, objective, seed)
-
     first, later = seeds[:3], seeds[3:]
-    for seed in first:
-        yield from main_runs(seed)
-    for row in ("random", "raw pixels", "k-means of patches"):
-        for dataset in SETS:
-            for seed in seeds if row == "random" else seeds[:1]:
+    for objective in definitions(SETS[0])["objectives"]:
+        for rate in RATES:
+            yield "trials", trial_file(objective, rate), functools.partial(trial, objective, rate)
+    for dataset in SETS:
+        yield from main_runs(dataset, first[0])
+        for row in ("random", "raw pixels", "k-means of patches"):
+            for seed in seeds if row == "random" else first[:1]:
                 file = RESULTS / f"reference-{dataset}-{row.replace(' ', '-')}-{seed}.json"
                 yield "references", file, functools.partial(reference, dataset, row, seed)
+        for seed in first[1:]:
+            yield from main_runs(dataset, seed)
     for seed in first:
         for variant in ABLATIONS:
             file = RESULTS / f"ablation-{variant.replace(' ', '-')}-{seed}.json"
             yield "ablations", file, functools.partial(ablation, variant, seed)
+        for objective in LONGER_OBJECTIVES:
+            yield "longer", RESULTS / f"longer-{objective}-{seed}.json", functools.partial(longer_run, objective, seed)
     for seed in later:
-        yield from main_runs(seed)
+        for dataset in SETS:
+            yield from main_runs(dataset, seed)
+
+
+def main_runs(dataset: str, seed: int) -> Iterator[Run]:
+    for objective in definitions(dataset)["objectives"]:
+        file = RESULTS / f"main-{dataset}-{objective}-{seed}.json"
+        yield "main", file, functools.partial(main_run, dataset, objective, seed)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -312,11 +314,19 @@ def rounded(value: Any) -> Any:
 
 
 def merge(args: argparse.Namespace) -> int:
-    """All runs that were kept, in the order of the queue, and the calibration, in the file that ships."""
+    """All runs that were kept, of the seeds that all objectives have, and the calibration, in the file that ships."""
+    objectives = definitions(SETS[0])["objectives"]
     runs = [json.loads(path.read_text()) for _, path, _ in queue(SEEDS) if path.exists()]
+    there = {(result.get("set"), result.get("seed"), result.get("objective")) for result in runs if result["kind"] == "main"}
+    whole = [(dataset, seed) for dataset in SETS for seed in SEEDS if all((dataset, seed, name) in there for name in objectives)]
+    runs = [r for r in runs if r["kind"] == "trial" or (r.get("set"), r["seed"]) in whole]
     for result in runs:
         for name in ("cpu", "precision", "torch", "threads"):
             del result[name]
+        if result["kind"] in ("ablation", "longer"):  # of which the notebook shows one number of labels
+            result["right"] = {
+                name: {key: right[key] for key in right if key.startswith("500/")} for name, right in result["right"].items()
+            }
     write_recording(MERGED, "benchmarks.objectives", args.machine, [{"kind": "calibration"} | json.loads(CALIBRATION.read_text()), *runs])
     return 0
 

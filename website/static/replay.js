@@ -13,7 +13,7 @@ wejepa.ui.page("replay", async (root) => {
     update();
   };
   const board = panel("Image", {act: pick, moved: pick, note: "click a patch", label: "Patches of the image. Arrow keys choose a patch."});
-  const colours = panel("Tokens", {note: "like colours, like tokens", label: "The image's tokens as colours"});
+  const colours = panel("Tokens", {note: "like tokens, like colours", label: "The image's tokens as colours"});
   const similar = panel("Similarity", {note: "to the chosen token", label: "How much each token is like the chosen one"});
   const wrong = panel("Error", {note: "of predicting each patch", label: "Mean prediction error of each patch"});
   const line = make("p", {class: "live-line", role: "status"});

@@ -527,7 +527,7 @@ def plot_tsne_embeddings(points: Tensor, labels: Tensor, classes: Sequence[str],
 
 @figure
 def plot_token_colours(
-    images: Tensor, colours: dict[str, Tensor], *, side: float = 1.2, title: str = "Tokens as colours: like colours, like tokens"
+    images: Tensor, colours: dict[str, Tensor], *, side: float = 1.2, title: str = "Tokens as colours: like tokens, like colours"
 ) -> Figure:
     """Images (B, C, H, W) above rows of their tokens' colours, each (B, rows, columns, 3) from 0 to 1, by name; `side` is in inches."""
     fig, axes = _canvas(1 + len(colours), len(images), side, beside=0.35)
