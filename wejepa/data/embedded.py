@@ -33,7 +33,7 @@ SHA256 = {
     "fashion_mnist_mini_labels.npz": "d749ddb33cf41812aab38d4b0bc0ab9a6cb61b2a365d20865f324ffd4907787e",
     "fashion_mnist_mini_test.png": "2c9dcf338ca3d8f90ac1504e912d0707e4ae60ad461ed5d1c9214e1c4f7ec1e7",
     "fashion_mnist_mini_train.png": "cb3c4f430f5ef6988a6a407398ee6f546929cdaad178d26cc131502c9d7f5202",
-    "objectives.json": "ec4a01b40472228069522bc2f7c90c60aa3609da4eeb5f916276019ec4877835",
+    "objectives.json": "6ea993b22001052384d826e27c8ced218e5f02db318980dd4ff1126b562b18ab",
     "own_images.json": "d4f2269aa9d330b9f0da8026bb8d9516419f4d88f9628517ab9dd7509a2e1980",
     "shift.json": "0c5e2a4d6005ab7308ebd10a3cdeaac53cae94e1b2fd9fa0a4bb5382e9d03bed",
 }
