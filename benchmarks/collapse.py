@@ -18,10 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import torch
 
-from benchmarks.recording import ROOT, command_line, write_recording
+from benchmarks.recording import ROOT, command_line, recorded_cells, write_recording
 from wejepa.devices import precision
 from wejepa.files import replaced
 
@@ -34,15 +33,7 @@ LONG = (0, 104, 312, 624, 936, 1248, 1560, 1872, 2184, 2496, 2808)  # steps afte
 
 def definitions(epochs: int) -> dict[str, Any]:
     """What the notebook's cells tagged "recorded" define: `run`, `measure`, `variants` and their settings."""
-    names: dict[str, Any] = {}
-    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
-        if "recorded" in cell.metadata.get("tags", []):
-            exec(cell.source, names)
-            if "parameters" in cell.metadata.tags:
-                names["epochs"] = epochs
-                if epochs != EPOCHS:
-                    names["measured_after"] = LONG
-    return names
+    return recorded_cells(NOTEBOOK, epochs=epochs, **({} if epochs == EPOCHS else {"measured_after": LONG}))
 
 
 def run(args: argparse.Namespace) -> int:

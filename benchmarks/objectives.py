@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import evidence
-from benchmarks.recording import ROOT, command_line, write_recording
+from benchmarks.recording import ROOT, command_line, recorded_cells, write_recording
 from wejepa.data import MemoryImages
 from wejepa.devices import precision
 from wejepa.files import replaced
@@ -53,13 +53,7 @@ SOME_LABELS = 200  # of each class, for the trials and for readings on the way
 @functools.cache
 def definitions(dataset: str) -> dict[str, Any]:
     """What the notebook's cells tagged "recorded" define on a set: `objectives`, `descend`, `run`, `quick_reading`, `judged`."""
-    names: dict[str, Any] = {}
-    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
-        if "recorded" in cell.metadata.get("tags", []):
-            exec(cell.source, names)
-            if "parameters" in cell.metadata.tags:
-                names["dataset"] = dataset
-    return names
+    return recorded_cells(NOTEBOOK, dataset=dataset)
 
 
 # ---------------------------------------------------------------- the same seconds

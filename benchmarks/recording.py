@@ -1,4 +1,4 @@
-"""What benchmarks that make a recording for a notebook have in common: the file that ships, and the command line."""
+"""What benchmarks that record runs for a notebook share: the notebook's own cells, the file that ships, and the command line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import nbformat
+
 ROOT = Path(__file__).resolve().parent.parent
 Command = Callable[[argparse.Namespace], int]
+
+
+def recorded_cells(notebook: Path, **settings: Any) -> dict[str, Any]:
+    """What a notebook's cells tagged "recorded" define, with `settings` in place of those of its parameters cell."""
+    names: dict[str, Any] = {}
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "recorded" in cell.metadata.get("tags", []):
+            exec(cell.source, names)
+            if "parameters" in cell.metadata.tags:
+                names |= settings
+    return names
 
 
 def write_recording(file: Path, module: str, machine: str, runs: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
+from benchmarks.evidence import images_of
 from wejepa import load_pretrained
 from wejepa.config import default_config
 from wejepa.seeds import generator_for
@@ -28,8 +29,7 @@ def rows(judge: Judge) -> dict[str, tuple[Tensor, Tensor]]:
     for name, model in (("teacher", load_pretrained("fashion")), ("random encoder", untrained(default_config()))):
         for pooling, features in judge.features(model.encoder(), ("mean", "grid")).items():
             found[f"{name}, {pooling}"] = features
-    sources = ((judge.train, judge.index), (judge.test, judge.test_index))
-    pixels, test_pixels = (torch.cat(list(source.batches(index, 500)))[:, :1].flatten(1) for source, index in sources)
+    pixels, test_pixels = (x.flatten(1) for x in images_of(judge))
     axes = torch.linalg.eigh(torch.cov(pixels.T)).eigenvectors[:, -64:]  # (pixels, 64)
     return found | {"raw pixels": (pixels, test_pixels), "64 components of the pixels": (pixels @ axes, test_pixels @ axes)}
 
