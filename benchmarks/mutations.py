@@ -333,18 +333,18 @@ MUTATIONS = (
         ("test_classifier.py::test_the_rate_rises_for_a_tenth_and_fades_along_a_cosine",),
     ),
     Mutation(
-        "the probe's decay is ignored",
+        "the probe's penalty is ignored",
         "wejepa/train/finetune.py",
-        '"weight_decay": decay / rate',
-        '"weight_decay": 0.0',
-        ("test_finetune.py::test_the_probes_decay_takes_its_share_of_the_weights_and_none_of_the_biases",),
+        "penalty / 2 * weights.square().sum()",
+        "0 * weights.sum()",
+        ("test_finetune.py::test_the_regression_is_at_its_minimum",),
     ),
     Mutation(
-        "the probe's pair is chosen on images that it was trained with",
+        "the probe's penalty is chosen on images that it was trained with",
         "wejepa/train/finetune.py",
         "order[: len(order) // 5], order[len(order) // 5 :]",
         "order[: len(order) // 5], order",
-        ("test_finetune.py::test_the_pair_is_chosen_on_images_that_were_held_out",),
+        ("test_finetune.py::test_the_penalty_is_chosen_on_images_that_were_held_out",),
     ),
 )
 

@@ -45,7 +45,7 @@ CALIBRATION = RESULTS / "calibration.json"
 SETS, SEEDS, PARTS = ("fashion_mnist_mini", "emoji"), (0, 1, 2, 3, 4), ("trials", "main", "ablations", "longer", "references")
 BUDGET = 400  # steps of I-JEPA
 LONGER, LONGER_OBJECTIVES = 4, ("I-JEPA", "MAE", "SimCLR")  # times as many steps, for some of them
-RATES = (7.5e-4, 1.5e-3, 3e-3)
+RATES = (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
 DRAWS = {50: 3, 500: 1}  # draws of so many labelled images of each class; emoji's classes have 136 to 618
 SOME_LABELS = 200  # of each class, for the trials and for readings on the way
 

@@ -317,7 +317,7 @@ def test_a_loaded_model_is_where_it_is_wanted(cfg, tmp_path):
 
 def test_probes_are_trained_where_the_protocol_says(cfg, models, elsewhere):
     """The same protocol here and there: the same predictions, on the CPU."""
-    protocol = FinetuneConfig(labels_per_class=6, epochs=3, batch_size=20, supervised_epochs=1)
+    protocol = FinetuneConfig(labels_per_class=6, supervised_epochs=1)
     results = {}
     for device, model in zip(("cpu", "meta"), models, strict=True):
         protocol.device = device
@@ -329,7 +329,7 @@ def test_probes_are_trained_where_the_protocol_says(cfg, models, elsewhere):
 
 
 def test_the_rows_of_a_comparison_are_computed_where_the_protocol_says(cfg, models, elsewhere, monkeypatch):
-    protocol = FinetuneConfig(labels_per_class=6, epochs=2, batch_size=20, supervised_epochs=1, device="meta")
+    protocol = FinetuneConfig(labels_per_class=6, supervised_epochs=1, device="meta")
     monkeypatch.setattr(IJEPA_base, "to", lambda model, device: sent_elsewhere(model) if torch.device(device) == THERE else model)
     monkeypatch.setattr(Classifier, "to", lambda classifier, device: sent_elsewhere(classifier))
     judged, right = [], Judge.right

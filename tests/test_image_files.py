@@ -418,7 +418,7 @@ def test_the_judge_leaves_out_unreadable_images_and_keeps_labels_beside_theirs(f
         damage(folder / path, "truncated")
     cfg = folder_config(folder)
     with warned() as texts:
-        judge = Judge(FinetuneConfig(labels_per_class=0, epochs=1), cfg)
+        judge = Judge(FinetuneConfig(labels_per_class=0), cfg)
     assert len(texts) == 5
     readable = [i for i in range(12) if i not in (2, 7)]
     assert judge.index.tolist() == readable and judge.train_y.tolist() == [int(i >= 6) for i in readable]
@@ -442,7 +442,7 @@ def test_the_judge_leaves_out_unreadable_images_and_keeps_labels_beside_theirs(f
 
 
 def test_labels_a_probe_cannot_have():
-    x, y, cfg = torch.randn(20, 4), torch.arange(20) % 2, FinetuneConfig(epochs=1)
+    x, y, cfg = torch.randn(20, 4), torch.arange(20) % 2, FinetuneConfig()
     finetune.fit_probe(x, y, x, y, cfg)
     bad = y.clone()
     bad[7:9] = -1

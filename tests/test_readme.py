@@ -238,7 +238,7 @@ def test_readmes_lines_run(tmp_path, monkeypatch, capsys):
     cfg.data.use_fake_data, cfg.optimizer.epochs = True, 1
 
     def quick(**settings):
-        return finetune.FinetuneConfig(**settings, epochs=2, supervised_epochs=1)
+        return finetune.FinetuneConfig(**settings, supervised_epochs=1)
 
     monkeypatch.setattr("wejepa.config.default_config", cfg.copy)
     monkeypatch.chdir(tmp_path)
@@ -262,12 +262,12 @@ def test_the_lines_with_labels_run(tmp_path, monkeypatch, capsys):
     shown = [line for line in lines if "outputs/first" in line]
     assert len(shown) == 3
     for command, words in zip(shown, ("%", "| pretrained teacher", "classifier"), strict=True):
-        assert finetune.main([*command.split(), "--set", "epochs=2", "--set", "supervised_epochs=1"]) == 0
+        assert finetune.main([*command.split(), "--set", "supervised_epochs=1"]) == 0
         assert words in capsys.readouterr().out
     assert (tmp_path / "outputs" / "finetune" / "classifier.pt").is_file()
 
     monkeypatch.setattr("wejepa.config.default_config", cfg.copy)
-    quick = "supervised_epochs=1, epochs=2, checkpoint=str(result.checkpoint)"
+    quick = "supervised_epochs=1, checkpoint=str(result.checkpoint)"
     exec(compile(first.replace("epochs = 10", "epochs = 1").replace("checkpoint=str(result.checkpoint)", quick), "labels.md", "exec"), {})
     assert "| pretrained teacher" in capsys.readouterr().out
 
