@@ -16,7 +16,6 @@ from PIL import Image
 from benchmarks import interop, loading, margins, photos
 from benchmarks.against_peers import make_transformers_encoder, peer
 from benchmarks.curve import averaged, seconds_to
-from benchmarks.learning import merge, table
 from benchmarks.mutations import MUTATIONS, ROOT
 from benchmarks.scaling import exponent
 from benchmarks.step import HERE, arithmetic, configuration, make_step_of
@@ -25,32 +24,6 @@ from wejepa.config import default_config, photos96_config
 from wejepa.data import load_images, training_batches
 from wejepa.masking import sample_block_masks
 from wejepa.model import IJEPA_base, IJepaLoss
-
-
-def write(path, tested, **rows):
-    path.write_text(json.dumps({"test_images": tested, "rows": rows}))
-    return path
-
-
-def scores(mean, grid, knn):
-    return {"mean": mean, "grid": grid, "knn": knn}
-
-
-def test_runs_are_joined_row_by_row(tmp_path):
-    first = write(tmp_path / "a.json", 100, pixels=[scores(0.3, 0.8, 0.7)])
-    second = write(tmp_path / "b.json", 100, pixels=[scores(0.5, 0.9, 0.7)], random=[scores(0.1, 0.2, 0.3)])
-    lines = table(*merge([first, second])).splitlines()
-    assert "100 images" in lines[0]
-    assert lines[-2:] == [
-        "| pixels | 2 | 40.0 (30.0 to 50.0) | 85.0 (80.0 to 90.0) | 70.0 (70.0 to 70.0) |",
-        "| random | 1 | 10.0 (10.0 to 10.0) | 20.0 (20.0 to 20.0) | 30.0 (30.0 to 30.0) |",
-    ]
-
-
-def test_runs_on_other_test_images_are_not_joined(tmp_path):
-    files = [write(tmp_path / f"{n}.json", n, pixels=[scores(0.3, 0.8, 0.7)]) for n in (100, 200)]
-    with pytest.raises(SystemExit, match="different images"):
-        merge(files)
 
 
 def make_counter(start):

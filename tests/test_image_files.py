@@ -453,6 +453,16 @@ def test_labels_a_probe_cannot_have():
             finetune.fit_probe(x, y, x, labels, cfg)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_a_probe_cannot_read(value):
+    x, y = torch.randn(20, 4), torch.arange(20) % 2
+    broken = x.clone()
+    broken[[3, 5], 1] = value
+    for name, train_x, test_x in (("train_x", broken, x), ("test_x", x, broken)):
+        with pytest.raises(DataError, match=f"2 rows of {name} hold NaN or infinity"):
+            finetune.fit_probe(train_x, y, test_x, y, FinetuneConfig())
+
+
 # ---------------------------------------------------------------- which files there are
 
 

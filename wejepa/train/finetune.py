@@ -130,13 +130,15 @@ def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, 
     Raises:
         ConfigError: there is no such device.
         DataError: fewer than 10 labelled images, too few to choose on a fifth of them; labels that are negative, or not one for
-            each row of features.
+            each row of features; features that are not finite.
     """
     for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         if y.shape != x.shape[:1]:
             raise DataError(f"{name}_y has shape {tuple(y.shape)} for {len(x)} rows of {name}_x: give one label for each")
         if negative := (y < 0).nonzero().flatten().tolist():
             raise DataError(f"{name}_y[{negative[0]}] = {y[negative[0]]}: classes count from 0; leave out what has none")
+        if broken := int((~x.isfinite().all(1)).sum()):
+            raise DataError(f"{broken} rows of {name}_x hold NaN or infinity: the encoder has diverged, or an image is broken")
     if len(train_x) < 10:
         raise DataError(f"a probe needs 10 labelled images or more, there are {len(train_x)}: raise labels_per_class or label some more")
     train_x, train_y, test_x, test_y = (values.to(device_of(cfg)) for values in (train_x, train_y, test_x, test_y))
