@@ -46,7 +46,7 @@ SHIPPED = {"fashion_mnist_mini": "fashion", "fashion_mnist": "fashion", "emoji_6
 SETS = ("fashion_mnist_mini", "emoji", "emoji_64", "fashion_mnist")
 SEEN = 90_000  # images that a training with labels sees, within MOST passes
 MOST = 100
-Features = dict[str, tuple[Tensor, Tensor]]  # by column: of the labelled pool (N, F) and of the test images
+Features = dict[str, tuple[Tensor, Tensor]]  # by column: of the images that a draw labels (N, F), and of the test images
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Row:
 
 
 def images_of(judge: Judge) -> tuple[Tensor, Tensor]:
-    """All labelled and all test images, (N, C, S, S); of grey ones one channel."""
+    """All images that a draw labels and all test images, (N, C, S, S); of grey ones one channel."""
     both = [torch.cat(list(s.batches(i, 500))) for s, i in ((judge.train, judge.index), (judge.test, judge.test_index))]
     grey = all((x == x[:, :1]).all() for x in both)
     return tuple(x[:, :1] if grey else x for x in both)
@@ -279,27 +279,30 @@ def recipe(name: str) -> IJepaConfig:
 
 def judged(row: Row, judge: Judge, seed: int, labels: tuple[int, ...] = LABELS, draws: int = DRAWS) -> dict[str, dict[str, str]]:
     """For each "labels/draw" and column, which test images are classified rightly, as `packed`."""
-    found, y, test_y = {}, judge.train.labels, judge.test_y
+    y, test_y = judge.train.labels, judge.test_y
     readable = judge.train.readable(torch.arange(len(y)))
-    features = None
+    y = y[readable]
+    most = int(torch.bincount(y).max())
+    drawn = {  # places among the readable; all labels can be drawn in one way
+        (count, draw): drawn_of_each_class(y, count, draw) for count in labels for draw in range(draws if count < most else 1)
+    }
+    features, pool = None, torch.cat(list(drawn.values())).unique()
     if row.features:
-        judge.index, judge.train_y = readable, y[readable]
+        judge.index, judge.train_y = readable[pool], y[pool]
         features = row.features(judge, seed)
-    most = int(torch.bincount(y[readable]).max())
-    for count in labels:
-        for draw in range(draws if count < most else 1):  # all labels can be drawn in one way
-            index = drawn_of_each_class(y[readable], count, draw)  # places in the pool
-            cell = {}
-            if features:
-                for column, (train, test) in features.items():
-                    cell[column] = fit_probe(train[index], y[readable][index], test, test_y, FinetuneConfig(seed=draw)).predictions
-                train, test = features["grid"]
-                cell["knn"] = knn_predictions(train[index], y[readable][index], test)
-            else:
-                judge.index = readable[index]
-                judge.train_y = y[judge.index]
-                cell["own"] = row.trained(judge, seed).predict(judge.test, judge.test_index)
-            found[f"{count}/{draw}"] = {column: packed(predictions == test_y) for column, predictions in cell.items()}
+    found = {}
+    for (count, draw), places in drawn.items():
+        cell = {}
+        if features:
+            index, labels_y = torch.searchsorted(pool, places), y[places]
+            for column, (train, test) in features.items():
+                cell[column] = fit_probe(train[index], labels_y, test, test_y, FinetuneConfig(seed=draw)).predictions
+            train, test = features["grid"]
+            cell["knn"] = knn_predictions(train[index], labels_y, test)
+        else:
+            judge.index, judge.train_y = readable[places], y[places]
+            cell["own"] = row.trained(judge, seed).predict(judge.test, judge.test_index)
+        found[f"{count}/{draw}"] = {column: packed(predictions == test_y) for column, predictions in cell.items()}
     return found
 
 

@@ -132,6 +132,23 @@ def drowned(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return shared + 1e-3 * (x - 7) / 10 ** torch.linspace(-3, 3, 24), y
 
 
+def test_fewer_images_than_features_are_the_same_question(monkeypatch):
+    """Along their own few axes the images give the regression that they give along all."""
+    x, test_x = torch.randn(2, 30, 80, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(30) % CLASSES
+    few, test_few, variances = finetune._along_axes(x, test_x)
+    assert few.shape == test_few.shape == (30, 30) and variances.shape == (30,)
+    turn = torch.linalg.qr(torch.randn(80, 80, generator=torch.Generator().manual_seed(1)))[0]
+    scaled = ((v - x.mean(0)) / x.std(0) / 80**0.5 for v in (x, test_x))
+    plain, test_plain = (v @ turn for v in scaled)
+    monkeypatch.setattr(finetune, "STEPS", 500)
+    predicted = []
+    for train, test, spread in ((few, test_few, variances), (plain, test_plain, torch.ones(80))):
+        weights, biases = finetune._softmax_regression(train, y, spread, 1e-3, torch.zeros(CLASSES, train.shape[1]), torch.zeros(CLASSES))
+        predicted.append((test @ weights.T + biases).softmax(1))
+    assert predicted[0].numpy() == pytest.approx(predicted[1].numpy(), abs=2e-3)
+
+
 @pytest.mark.parametrize("penalty", [1e-2, 1e-5, 1e-8])
 def test_the_regression_is_at_its_minimum(penalty, monkeypatch):
     """The same probabilities as scikit-learn's, which leaves the biases free too."""

@@ -159,13 +159,18 @@ def fit_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, 
 
 
 def _along_axes(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both standardised, turned to the principal axes of the first, (N, F) each; and the variance along each axis, (F,)."""
+    """Both standardised, turned to the K principal axes of the first, (N, K) each; and the variance along each axis, (K,)."""
     mean, std, width = train_x.mean(0), train_x.std(0), train_x.shape[1]
     # A pixel that is black in nearly every training image must not drown the others when light falls on it in a test image: what is
     # constant in training says nothing, and what hardly varies is not blown up.
     std = torch.where(std > 1e-4 * std.mean(), std.clamp(min=std.mean() / 20), torch.inf)
     train_x, test_x = ((x - mean) / std / width**0.5 for x in (train_x, test_x))  # each vector's norm is about 1
-    variances, axes = torch.linalg.eigh((train_x.T @ train_x / len(train_x)).cpu())  # on the CPU: not every device can
+    here = train_x.cpu()  # not every device can do what follows
+    if len(here) < width:  # fewer images than features: the weights lie in the space of the images, and along no other axis
+        _, sizes, axes = torch.linalg.svd(here, full_matrices=False)
+        variances, axes = sizes.square() / len(here), axes.T
+    else:
+        variances, axes = torch.linalg.eigh(here.T @ here / len(here))
     variances, axes = variances.clamp(min=0).to(train_x.device), axes.to(train_x.device)
     return train_x @ axes, test_x @ axes, variances
 
