@@ -35,7 +35,7 @@ SHA256 = {
     "fashion_mnist_mini_train.png": "cb3c4f430f5ef6988a6a407398ee6f546929cdaad178d26cc131502c9d7f5202",
     "objectives.json": "6ea993b22001052384d826e27c8ced218e5f02db318980dd4ff1126b562b18ab",
     "own_images.json": "d0aa07a40a78e46a1b1db161bdb6e0723c82b9185f4d75fae7161bf374a169a9",
-    "shift.json": "0c5e2a4d6005ab7308ebd10a3cdeaac53cae94e1b2fd9fa0a4bb5382e9d03bed",
+    "shift.json": "cf2931e82daea4bbdcbd88408f88d21c47d79760aa7b62e33bc0bcb0a3a79e9a",
 }
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 EMOJI_CLASSES = ("Smileys", "People", "Animals", "Food", "Travel", "Activities", "Objects", "Symbols", "Flags")
