@@ -1,6 +1,6 @@
 """Make the trainings that notebook 08 shows as recorded, by the notebook itself.
 
-    python scripts/record_own_images.py 0    # seeds; some 24 minutes of one core each
+    python scripts/record_own_images.py 0    # seeds; some 29 minutes of one core each
 
 Writes wejepa/assets/own_images.json and prints its SHA-256 for wejepa/data/embedded.py. What is in outputs/own_images/trained_SEED.json
 already is not made again.
