@@ -231,7 +231,7 @@ def test_the_large_preset_trains_on_rows_with_a_backbone_and_goes_on(folder, sav
     result = launch_pretraining(cfg)
     assert len(result.history) == 2
     assert launch_pretraining(cfg, resume="auto").history == result.history
-    probe = FinetuneConfig(checkpoint=str(result.checkpoint), epochs=2)
+    probe = FinetuneConfig(checkpoint=str(result.checkpoint))
     assert len(train_linear_probe(probe).predictions) == 4
     assert load_model(result.checkpoint).cfg == cfg
 
