@@ -103,6 +103,8 @@ def fill_in(app, docname: str, source: list[str]) -> None:
 
     if docname.startswith(("howto/", "live/")):
         source[0] = source[0].replace("](../../benchmarks/README.md", "](../benchmarks.md").replace("](../../notebooks/", "](../notebooks/")
+    elif "/" not in docname:
+        source[0] = source[0].replace("](../notebooks/", "](notebooks/")
     source[0] = re.sub(r"<!-- (schematic|loss curves)(?:: ([a-z-]+))? -->", drawn, source[0])
 
 
