@@ -101,10 +101,9 @@ def fill_in(app, docname: str, source: list[str]) -> None:
         hint = '<p class="wide-hint">The drawing is wider than the screen: scroll it sideways.</p>'  # seen on narrow screens only
         return f'```{{raw}} html\n{hint}<div class="wide" tabindex="0">{picture.strip()}</div>\n```'
 
-    if docname.startswith(("howto/", "live/")):
-        source[0] = source[0].replace("](../../benchmarks/README.md", "](../benchmarks.md").replace("](../../notebooks/", "](../notebooks/")
-    elif "/" not in docname:
-        source[0] = source[0].replace("](../notebooks/", "](notebooks/")
+    up = "../" * docname.count("/")  # to the site's root; in the repository the root lies one folder further up
+    for file, page in (("benchmarks/README.md", "benchmarks.md"), ("notebooks/", "notebooks/")):
+        source[0] = source[0].replace(f"](../{up}{file}", f"]({up}{page}")
     source[0] = re.sub(r"<!-- (schematic|loss curves)(?:: ([a-z-]+))? -->", drawn, source[0])
 
 
