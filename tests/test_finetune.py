@@ -164,9 +164,9 @@ def test_the_regression_is_at_its_minimum(penalty, monkeypatch):
 
 
 def test_the_probe_finds_what_is_drowned_in_what_all_coordinates_share():
-    train, test = drowned(500, 0), drowned(300, 1)
-    assert fit_probe(*train, *test, protocol()).accuracy > 0.99
-    assert fit_probe(*(-v for v in train[:1]), train[1], -test[0], test[1], protocol()).accuracy > 0.99
+    (x, y), (test_x, test_y) = drowned(500, 0), drowned(300, 1)
+    assert fit_probe(x, y, test_x, test_y, protocol()).accuracy > 0.99
+    assert fit_probe(-x, y, -test_x, test_y, protocol()).accuracy > 0.99
 
 
 def test_the_probe_takes_features_of_constant_coordinates_and_any_scale():
