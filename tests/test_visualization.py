@@ -160,6 +160,9 @@ def test_correspondences_frame_both_images():
     assert [p.get_xy() for p in lower.patches] == [(11.5, -0.5), (11.5, 11.5)]
     assert [p.get_edgecolor() for p in upper.patches] == [p.get_edgecolor() for p in lower.patches]
     assert torch.equal(torch.as_tensor(lower.images[0].get_array()), visualization.to_picture(second))
+    fig = visualization.plot_correspondences([(first, second)], [[0, 5]], {"trained": [[15, 15]]}, (4, 4))
+    inner, outer = (p.get_extents() for p in fig.axes[1].patches)
+    assert outer.x0 < inner.x0 and inner.x1 < outer.x1, "one frame hides another"
 
 
 def test_token_colours_stand_below_their_images():

@@ -294,7 +294,7 @@ def plot_histories(runs: dict[str, Sequence[list[dict[str, Any]]]], *, title: st
         ax.set(title=name, xlabel="step", xlim=(0, None))
         ax.grid(alpha=0.3)
     axes[0, 0].set_yscale("log")
-    for ax in axes.flat[1:3]:
+    for ax in axes.flat[1:]:
         ax.set_ylim(0, None)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     fig.suptitle(title)
@@ -482,6 +482,8 @@ def plot_correspondences(
 ) -> Figure:
     """Which patches of a second image are like some patches of a first one: frames of one colour belong together.
 
+    Frames of the same patch lie one around another, so that none hides another.
+
     Args:
         pairs: in each column a first and a second image, (C, H, W) each.
         queries: for each pair the framed patches of its first image, ten at the most.
@@ -498,9 +500,13 @@ def plot_correspondences(
             image = pair[min(number, 1)]
             high, wide = image.shape[-2] / grid_size[0], image.shape[-1] / grid_size[1]
             ax.imshow(to_picture(image))
+            framed = [int(place) for place in framed]
             for k, place in enumerate(framed):
-                row, col = divmod(int(place), grid_size[1])
-                frame = Rectangle((col * wide - 0.5, row * high - 0.5), wide, high, fill=False, edgecolor=PALETTE[k], linewidth=1.8)
+                row, col = divmod(place, grid_size[1])
+                beyond = 0.45 * framed[:k].count(place)  # in patches
+                corner = (col - beyond) * wide - 0.5, (row - beyond) * high - 0.5
+                size = (1 + 2 * beyond) * wide, (1 + 2 * beyond) * high
+                frame = Rectangle(corner, *size, fill=False, edgecolor=PALETTE[k], linewidth=1.8)
                 frame.set_path_effects([withStroke(linewidth=3, foreground="white")])  # seen on any ground
                 ax.add_patch(frame)
     fig.suptitle(title)
