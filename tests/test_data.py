@@ -273,6 +273,16 @@ def test_the_crops_of_square_images_are_what_they_always_were():
     assert torch.equal(crops[:, 4], (u[4] < 0.5).float())
 
 
+@pytest.mark.parametrize(("width", "height"), [(32, 32), (400, 300), (300, 400), (1000, 300)])
+def test_a_share_of_one_is_the_whole_image(width, height):
+    """Up to 4:3, as torchvision's RandomResizedCrop has it."""
+    boxes = crop_box(random_crops(50, tiny_config(crop_scale=(1.0, 1.0)), torch.Generator().manual_seed(0)), width, height)
+    _, _, wide, high = RandomResizedCrop.get_params(torch.empty(1, height, width), (1.0, 1.0), (3 / 4, 4 / 3))
+    torch.testing.assert_close(boxes[:, 2:], torch.tensor([[float(high), float(wide)]]).expand(50, 2))
+    if (wide, high) == (height, width):
+        assert not boxes[:, :2].any()
+
+
 @pytest.mark.parametrize(("width", "height"), [(400, 300), (300, 400), (300, 300)])
 def test_crops_have_the_shapes_that_torchvision_draws(width, height):
     """Drawn in pixels: in shares of the image, the crops of a 4:3 photograph would have a median of 1.33, from 1.04 to 1.71."""

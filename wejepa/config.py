@@ -127,7 +127,9 @@ class DataConfig(Section):
         0.05, "share of an image folder's files that may be unreadable; they are passed over", low=0, high=1
     )
     num_crops: int = setting(1, "crops of each image in an update, each with masks of its own", low=1, high=64)
-    crop_scale: tuple[float, float] = setting((0.8, 1.0), "share of the image that a random crop keeps", low=0.01, high=1)
+    crop_scale: tuple[float, float] = setting(
+        (0.8, 1.0), "share of the image that a random crop keeps; [1, 1] for no crops", low=0.01, high=1
+    )
     horizontal_flip: bool = setting(True, "mirror every second training image")
 
 

@@ -3,9 +3,11 @@
     targets   M rectangles of one random shape, placed anywhere on the grid
     context   one large rectangle, minus every target, thinned out at random to a fixed number of patches
 
-Three things differ from the published sampler, each on purpose: every position of a block is allowed, so that each patch can be a
-target and each can be context; the context's size is a constant of the config, so that it depends neither on the batch's size
-nor on where the targets fall; and what is dropped to reach that size is dropped at random, not from the end of the raster.
+These things differ from the published sampler, each on purpose (notebook 02, section 7): every position of a block is allowed, so
+that each patch can be a target and each can be context; the context's size is a constant of the config, so that it depends neither on
+the batch's size nor on where the targets fall; what is dropped to reach that size is dropped at random, not from the end of the raster;
+a target block that would leave too few patches is replaced by a copy of the first, not shown to the student; area and aspect ratio of a
+block are drawn separately; and no block has to have more than ten patches.
 """
 
 from __future__ import annotations

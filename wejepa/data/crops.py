@@ -33,11 +33,11 @@ def crop_box(crops: Tensor, width: int, height: int) -> Tensor:
     """The crops (..., 5) of `random_crops` on images of one size: (..., 4) of left, top, width and height in pixels.
 
     A side that would be longer than the image's is cut to it, and the other one stays, up to 4:3: so a crop of a panorama has less than
-    the area that was drawn, but no crop is squeezed further than to that.
+    the area that was drawn, but no crop is squeezed further than to that. A share of 1 is the whole image, whatever the aspect.
     """
     area, aspect, x, y, _ = crops.unbind(-1)
-    wide = (area * aspect * (height / width)).sqrt().clamp(max=1) * width
-    high = (area / aspect * (width / height)).sqrt().clamp(max=1) * height
+    wide = (area * aspect * (height / width)).sqrt().clamp(max=1).where(area < 1, 1.0) * width
+    high = (area / aspect * (width / height)).sqrt().clamp(max=1).where(area < 1, 1.0) * height
     wide, high = wide.minimum(high * aspect.clamp(min=ASPECT)), high.minimum(wide * (1 / aspect).clamp(min=ASPECT))
     return torch.stack([x * (width - wide), y * (height - high), wide, high], dim=-1)
 
