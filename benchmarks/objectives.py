@@ -121,13 +121,14 @@ def judge_of_trials(dataset: str) -> Judge:
 
 def right_of(encoder: nn.Module, dataset: str) -> dict[str, dict[str, str]]:
     """For each "labels/draw" and reading, which test images are classified rightly, as `benchmarks.evidence` keeps it."""
-    return judged(judge_of(dataset).features(encoder, ("mean", "grid")), dataset)
+    return judged(lambda judge, seed: judge.features(encoder, ("mean", "grid")), dataset, 0)
 
 
-def judged(features: evidence.Features, dataset: str) -> dict[str, dict[str, str]]:
-    row, found = evidence.Row("", lambda judge, seed: features), {}
+def judged(features: Callable[[Judge, int], evidence.Features], dataset: str, seed: int) -> dict[str, dict[str, str]]:
+    """`features` is asked for each number of labels anew: which images the judge has labelled differs."""
+    row, found = evidence.Row("", features), {}
     for labels, draws in DRAWS.items():
-        found |= evidence.judged(row, judge_of(dataset), 0, (labels,), draws)
+        found |= evidence.judged(row, judge_of(dataset), seed, (labels,), draws)
     return found
 
 
@@ -240,7 +241,7 @@ def reference(dataset: str, row: str, seed: int) -> Result:
         right = right_of(untrained(cfg).teacher_encoder, dataset)
     else:
         features = {"raw pixels": evidence.pixels, "k-means of patches": evidence.k_means_patches}[row]
-        right = judged(features(judge_of(dataset), seed), dataset)
+        right = judged(features, dataset, seed)
     return {"kind": "reference", "set": dataset, "row": row, "seed": seed, "right": {"student": right}}
 
 

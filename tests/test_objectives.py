@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
+from benchmarks import evidence
 from benchmarks import objectives as benchmark
 from wejepa.config import default_config
 from wejepa.seeds import generator_for
@@ -73,6 +75,20 @@ def test_rates_are_chosen_without_test_images():
     assert (len(judge.train), len(judge.test)) == (8000, 2000)
     kept, held = (set(map(bytes, images.numpy().reshape(len(images), -1))) for images in (judge.train.images, judge.test.images))
     assert kept | held == set(map(bytes, whole.train.images.numpy().reshape(len(whole.train), -1)))
+
+
+def test_features_are_of_the_images_that_a_draw_labels(monkeypatch):
+    monkeypatch.setattr(benchmark, "DRAWS", {5: 2, 20: 1})
+    told = []
+
+    def classes(judge, seed):
+        told.append((seed, len(judge.index)))
+        return {"grid": (one_hot(judge.train.labels[judge.index]).float(), one_hot(judge.test_y).float())}
+
+    right = benchmark.judged(classes, "fashion_mnist_mini", 3)
+    assert right.keys() == {"5/0", "5/1", "20/0"} and told[1] == (3, 200)
+    for cell in right.values():
+        assert all(evidence.unpacked(text, 2000).all() for text in cell.values()) and cell.keys() == {"grid", "knn"}
 
 
 @pytest.mark.parametrize("sample", [benchmark.random_patches, benchmark.published_masks()])

@@ -33,7 +33,7 @@ SHA256 = {
     "fashion_mnist_mini_labels.npz": "d749ddb33cf41812aab38d4b0bc0ab9a6cb61b2a365d20865f324ffd4907787e",
     "fashion_mnist_mini_test.png": "2c9dcf338ca3d8f90ac1504e912d0707e4ae60ad461ed5d1c9214e1c4f7ec1e7",
     "fashion_mnist_mini_train.png": "cb3c4f430f5ef6988a6a407398ee6f546929cdaad178d26cc131502c9d7f5202",
-    "objectives.json": "33b3965a890a0cb74ef04dfa47894c8a0a9cbde31390771b491b7247f7fb9a05",
+    "objectives.json": "0368e09875ecfe45f6c1cbb614f8c41741a6094f44740580395fa468131a97f8",
     "own_images.json": "d0aa07a40a78e46a1b1db161bdb6e0723c82b9185f4d75fae7161bf374a169a9",
     "shift.json": "ff93f3d6ba2013c0652fc50fe34c2ae6bbd86b741175c38108b3c5d403a29bca",
 }
