@@ -2,11 +2,13 @@
 
     python -m benchmarks.evidence run --set emoji --seeds 0 1 2    # whatever is not there yet; may be stopped at any time
     python -m benchmarks.evidence table --set emoji
+    python -m benchmarks.evidence write                            # all tables, into benchmarks/README.md
 
 Every row is judged on the same test images, with the same draws of 5, 10, 50 and 500 labelled images of each class (all of them where a
 class has fewer). A row's result for one seed is one file in benchmarks/evidence/, which holds which test images were classified rightly, so
-that any two rows can be compared image by image, and long runs can be made in parts. The intervals are of 95 %, by a bootstrap over seeds,
-draws and test images at once. `emoji_64` is `emoji` at 64 x 64.
+that any two rows can be compared image by image, and long runs can be made in parts. What is trained with the labels has the draw's number
+as its seed, so its draws differ in both. The intervals are of 95 %, by a bootstrap over seeds, draws and test images at once. `emoji_64` is
+`emoji` at 64 x 64.
 
 --root DATA tests on the 10,000 official images of Fashion-MNIST in DATA/FashionMNIST/raw instead of the 2,000 that ship.
 """
@@ -15,18 +17,21 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.stems import WithStem
 from wejepa.analysis.features import knn_predictions
 from wejepa.config import IJepaConfig, adapt_config_for_backbone, default_config
 from wejepa.errors import optional
@@ -40,12 +45,14 @@ from wejepa.train.pretrain import launch_pretraining
 
 RESULTS = Path(__file__).resolve().parent / "evidence"
 RUNS = Path("outputs/evidence")
+README = Path(__file__).resolve().parent / "README.md"
 LABELS, DRAWS = (5, 10, 50, 500), 5
 COLUMNS = {"mean": "mean-pooled", "layers": "all layers", "grid": "grid", "knn": "k-NN", "own": "own layer"}
 SHIPPED = {"fashion_mnist_mini": "fashion", "fashion_mnist": "fashion", "emoji_64": "emoji"}  # by set, the model that ships for it
 SETS = ("fashion_mnist_mini", "emoji", "emoji_64", "fashion_mnist")
 SEEN = 90_000  # images that a training with labels sees, within MOST passes
 MOST = 100
+STEM_COST = 1.15  # processor time of a step with the stem over one without it, by benchmarks.recipe
 Features = dict[str, tuple[Tensor, Tensor]]  # by column: of the images that a draw labels (N, F), and of the test images
 
 
@@ -56,8 +63,8 @@ class Row:
     Attributes:
         name: what the table calls it.
         features: frozen features of all images, from the judge and a seed; or None.
-        trained: a classifier trained with the judge's labelled images, from the judge and a seed; or None.
-        seeds: False for what has nothing random but the draw of labels.
+        trained: a classifier trained with the judge's labelled images, from the judge and a seed, which is the draw's number; or None.
+        seeds: False for what has nothing random but the draw of labels, or is trained with them.
         sets: where it can be judged.
     """
 
@@ -176,19 +183,36 @@ def random_resnet(judge: Judge, seed: int) -> Features:
     return read(judge, untrained(with_seed(cfg, seed)).teacher_encoder)
 
 
-def pretrained(crops: bool = True) -> Callable[[Judge, int], Features]:
-    return lambda judge, seed: read(judge, pretrained_model(judge, seed, crops).teacher_encoder)
+def random_stem(judge: Judge, seed: int) -> Features:
+    return read(judge, begun(with_seed(judge.config, seed), WithStem).teacher_encoder)
 
 
-def pretrained_model(judge: Judge, seed: int, crops: bool = True) -> IJEPA_base:
-    """The model that the set's recipe gives; trained once, and taken from its folder from then on."""
+def begun(cfg: IJepaConfig, kind: type[IJEPA_base]) -> IJEPA_base:
+    torch.manual_seed(cfg.hardware.seed)
+    return kind(cfg)
+
+
+def pretrained(**changed: Any) -> Callable[[Judge, int], Features]:
+    return lambda judge, seed: read(judge, pretrained_model(judge, seed, **changed).teacher_encoder)
+
+
+def pretrained_model(judge: Judge, seed: int, crops: bool = True, stem: bool = False) -> IJEPA_base:
+    """The model that the set's recipe gives; trained once, and taken from its folder from then on.
+
+    Without crops and mirrors; or with a convolutional stem, and as much fewer epochs as its steps take longer.
+    """
     cfg = with_seed(judge.config, seed)
     if cfg.data.dataset == "fashion_mnist":  # the official test images; what is learnt from is what ships
         cfg.data.dataset = "fashion_mnist_mini"
     if not crops:
         cfg.data.crop_scale, cfg.data.horizontal_flip = (1.0, 1.0), False
-    cfg.hardware.output_dir = str(RUNS / f"{cfg.data.dataset}-{cfg.model.img_size}{'' if crops else '-no-crops'}-{seed}")
-    return launch_pretraining(cfg, resume="auto").model
+    cfg.hardware.output_dir = str(
+        RUNS / f"{cfg.data.dataset}-{cfg.model.img_size}{'' if crops else '-no-crops'}{'-stem' if stem else ''}-{seed}"
+    )
+    if not stem:
+        return launch_pretraining(cfg, resume="auto").model
+    cfg.optimizer.epochs = round(cfg.optimizer.epochs / STEM_COST)
+    return launch_pretraining(cfg, resume="auto", model=begun(cfg, WithStem)).model
 
 
 def shipped(judge: Judge) -> nn.Module:
@@ -238,7 +262,9 @@ ROWS = (
     Row("the model that ships", lambda judge, seed: read(judge, shipped(judge)), seeds=False, sets=tuple(SHIPPED)),
     Row("pretrained", pretrained()),
     Row("pretrained without crops", pretrained(crops=False)),
+    Row("pretrained with a stem, as long", pretrained(stem=True)),
     Row("same encoder, random", random),
+    Row("same encoder with a stem, random", random_stem),
     Row("same encoder, random, hardest", hardest_random),
     Row("raw pixels", pixels, seeds=False),
     Row("principal components", principal_components, seeds=False),
@@ -246,20 +272,27 @@ ROWS = (
     Row("random convolutions", random_convolutions),
     Row("k-means of patches", k_means_patches),
     Row("ResNet-18, random", random_resnet),
-    Row("small network, with labels", trained=trained_with_labels(lambda judge, seed: SmallNetwork(judge.config.model.in_chans))),
+    Row(
+        "small network, with labels",
+        trained=trained_with_labels(lambda judge, seed: SmallNetwork(judge.config.model.in_chans)),
+        seeds=False,
+    ),
     Row(
         "whole encoder, with labels",
         trained=trained_with_labels(lambda judge, seed: IJEPA_base(from_scratch(with_seed(judge.config, seed))).student_encoder),
+        seeds=False,
     ),
     Row(
         "pretrained, then with labels",
         trained=trained_with_labels(
             lambda judge, seed: pretrained_model(judge, seed).teacher_encoder, layer_decay=0.75, label_smoothing=0.1
         ),
+        seeds=False,
     ),
     Row(
         "the model that ships, then with labels",
         trained=trained_with_labels(lambda judge, seed: shipped(judge), layer_decay=0.75, label_smoothing=0.1),
+        seeds=False,
         sets=tuple(SHIPPED),
     ),
 )
@@ -301,7 +334,7 @@ def judged(row: Row, judge: Judge, seed: int, labels: tuple[int, ...] = LABELS, 
             cell["knn"] = knn_predictions(train[index], labels_y, test)
         else:
             judge.index, judge.train_y = readable[places], y[places]
-            cell["own"] = row.trained(judge, seed).predict(judge.test, judge.test_index)
+            cell["own"] = row.trained(judge, draw).predict(judge.test, judge.test_index)
         found[f"{count}/{draw}"] = {column: packed(predictions == test_y) for column, predictions in cell.items()}
     return found
 
@@ -360,16 +393,24 @@ def cube(results: list[dict], labels: int, column: str) -> Tensor | None:
     return torch.stack([torch.stack(seed) for seed in cells]).double() if cells and all(cells) else None
 
 
+@functools.cache
+def drawn_anew(images: int, repeats: int) -> Tensor:
+    """How often each test image is drawn, with replacement, in each repeat: (repeats, images)."""
+    generator = generator_for(0)
+    return torch.stack(
+        [torch.bincount(torch.randint(images, (images,), generator=generator), minlength=images).float() for _ in range(repeats)]
+    )
+
+
 def interval(values: Tensor, repeats: int = 2000) -> tuple[float, float, float]:
     """The mean of (seeds, draws, images), and the ends of its 95 % interval: all three are drawn anew, with replacement."""
-    generator = generator_for(0)
     seeds, draws, images = values.shape
-    means = []
-    for _ in range(repeats):
-        weights = torch.bincount(torch.randint(images, (images,), generator=generator), minlength=images).double() / images
-        some = values[torch.randint(seeds, (seeds,), generator=generator)] @ weights  # (seeds, draws)
-        means.append(some[:, torch.randint(draws, (draws,), generator=generator)].mean())
-    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    means = (drawn_anew(images, repeats) @ values.flatten(0, 1).mT.float() / images).double()  # sums of 1 and -1 are exact
+    generator = generator_for(0, 1)
+    some_seeds = torch.randint(seeds, (repeats, seeds, 1), generator=generator)
+    some_draws = torch.randint(draws, (repeats, 1, draws), generator=generator)
+    means = means.unflatten(1, (seeds, draws))[torch.arange(repeats)[:, None, None], some_seeds, some_draws].mean((1, 2))
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float(values.mean()), low, high
 
 
@@ -382,51 +423,72 @@ def ahead(one: Tensor, other: Tensor) -> Tensor:
 
 
 def table(name: str) -> Iterator[str]:
-    """Accuracies in percent with their intervals; and how far the pretrained encoder is ahead of each other row."""
+    """A set's tables in Markdown: accuracies in percent with their intervals, and how far ahead of each row the pretrained encoders are."""
     found = kept(name)
+    own = {row.name for row in ROWS if row.trained}
+    readings = [column for column in COLUMNS if column != "own"]
     for labels in LABELS:
-        yield f"\n{name}, {labels} labelled images of each class\n"
-        yield "| | seeds | " + " | ".join(COLUMNS.values()) + " |\n|---|---:|" + "---:|" * len(COLUMNS)
+        yield f"\nAccuracy with {labels} labelled images of each class:\n"
+        yield "| | seeds | " + " | ".join(COLUMNS[column] for column in readings) + " |\n|---|---:|" + "---:|" * len(readings)
         for row, results in found.items():
-            cells = []
-            for column in COLUMNS:
-                values = cube(results, labels, column)
-                cells.append("-" if values is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in interval(values))))
-            yield f"| {row} | {len(results)} | " + " | ".join(cells) + " |"
-        scratch = found.get("whole encoder, with labels")
-        for first in ("the model that ships", "pretrained"):
-            tuned = found.get(f"{first}, then with labels")
-            if tuned and scratch:
-                difference = interval(ahead(cube(tuned, labels, "own"), cube(scratch, labels, "own")))
-                yield f"\nTrained with labels: {first}, ahead of from scratch, " + signed(difference)
-        for first in ("the model that ships", "pretrained"):
-            if first in found:
-                yield f"\n{name}, {labels} labelled images of each class: {first}, ahead of\n"
-                yield from leads(found, first, labels)
+            cells = [shown(cube(results, labels, column)) for column in readings]
+            if row in own:  # one reading, its own, stands under the first
+                cells[0] = shown(cube(results, labels, "own"))
+            yield f"| {row} | {'one a draw' if row in own else len(results)} | " + " | ".join(cells) + " |"
+    yield from leads(found, "whole encoder, with labels", "own", [f"{first}, then with labels" for first in FIRST], of_first=True)
+    for first in FIRST:
+        for column in readings:
+            others = [row for row in found if row != first and row not in FIRST and not row.endswith("then with labels")]
+            yield from leads(found, first, column, others)
+
+
+FIRST = ("the model that ships", "pretrained")
+
+
+def shown(values: Tensor | None) -> str:
+    return "-" if values is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * v for v in interval(values)))
 
 
 def signed(difference: tuple[float, float, float]) -> str:
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in difference))
 
 
-def leads(found: dict[str, list[dict]], first: str, labels: int) -> Iterator[str]:
-    """How far one row is ahead of each other one, in points, as a Markdown table."""
-    yield "| | " + " | ".join(list(COLUMNS.values())[:-1]) + " |\n|---|" + "---:|" * (len(COLUMNS) - 1)
-    for row, results in found.items():
-        if row == first:
+def leads(found: dict[str, list[dict]], first: str, column: str, others: list[str], of_first: bool = False) -> Iterator[str]:
+    """How far one row is ahead of each other one, in points, by the number of labels; `of_first`: how far the others are ahead of it.
+
+    What is trained with the labels has one reading, and is compared with each of the encoder's.
+    """
+    lines = []
+    for row in others:
+        if row not in found or first not in found:
             continue
+        own = "own" if "own" in next(iter(found[row][0]["right"].values())) else column
         cells = []
-        for column in list(COLUMNS)[:-1]:
-            mine, other = cube(found[first], labels, column), cube(results, labels, column)
-            if other is None and "own" in next(iter(results[0]["right"].values())):
-                other = cube(results, labels, "own")  # what has one reading alone is compared with each of the encoder's
-            cells.append("-" if other is None else signed(interval(ahead(mine, other))))
-        yield f"| {row} | " + " | ".join(cells) + " |"
+        for labels in LABELS:
+            mine, other = cube(found[first], labels, column), cube(found[row], labels, own)
+            if mine is not None and other is not None:
+                cells.append(signed(interval(ahead(other, mine) if of_first else ahead(mine, other))))
+        if cells:
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    if lines:
+        yield f"\nPoints ahead of {first}:\n" if of_first else f"\nPoints that {first}, {COLUMNS[column]}, is ahead of:\n"
+        yield "| labels of each class | " + " | ".join(map(str, LABELS)) + " |\n|---|" + "---:|" * len(LABELS)
+        yield from lines
+
+
+def written(text: str) -> str:
+    """`text` with every set's tables where it has the marks for them."""
+    for name in SETS:
+        begin, end = f"<!-- evidence {name} -->\n", f"<!-- end of evidence {name} -->\n"
+        if begin in text:
+            before, rest = text.split(begin)
+            text = before + begin + "\n".join(table(name)).strip() + "\n\n" + end + rest.split(end)[1]
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "table", "write"))
     parser.add_argument("--set", choices=SETS, default="fashion_mnist_mini")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], help="some of the rows, by name")
@@ -436,6 +498,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.command == "table":
         print("\n".join(table(args.set)))
+    elif args.command == "write":
+        README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         run(args.set, [row for row in ROWS if row.name in args.rows], args.seeds, args.root)
 

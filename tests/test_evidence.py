@@ -112,13 +112,43 @@ def test_the_model_that_ships_is_judged_on_its_own_set(small, monkeypatch):
     assert evidence.kept("emoji") == {}  # it reads other images
     monkeypatch.setattr(evidence, "SHIPPED", {"fashion_mnist_mini": "fashion"})
     monkeypatch.setattr(evidence, "shipped", lambda judge: evidence.load_pretrained("fashion").teacher_encoder)
-    evidence.run("fashion_mnist_mini", rows, [0, 1], None)
+    pixels = [row for row in evidence.ROWS if row.name == "raw pixels"]
+    evidence.run("fashion_mnist_mini", rows + pixels, [0, 1], None)
     found = evidence.kept("fashion_mnist_mini")
-    assert [len(found[row.name]) for row in rows] == [1, 2]
-    assert any("the model that ships, ahead of" in line for line in evidence.table("fashion_mnist_mini"))
+    assert [len(found[row.name]) for row in rows + pixels] == [1, 1, 1]
+    assert any("the model that ships, grid, is ahead of" in line for line in evidence.table("fashion_mnist_mini"))
 
 
 def test_each_set_is_read_at_its_own_size():
     for name in evidence.SETS:
         cfg = evidence.recipe(name)
         assert cfg.data.dataset == name.removesuffix("_64") and cfg.model.img_size == (64 if name == "emoji_64" else 32)
+
+
+def test_what_is_trained_with_labels_takes_the_number_of_the_draw_as_its_seed(small):
+    asked = []
+
+    class Guess:
+        def predict(self, source, index):
+            return torch.zeros(len(index), dtype=torch.int64)
+
+    row = evidence.Row("", trained=lambda judge, seed: asked.append((len(judge.index), seed)) or Guess())
+    assert evidence.judged(row, small, 7).keys() == {"5/0", "5/1", "500/0"}
+    assert [seed for _, seed in asked] == [0, 1, 0] and asked[0][0] == asked[1][0] < asked[2][0]
+
+
+def test_the_tables_take_the_place_between_their_marks(small):
+    rows = [row for row in evidence.ROWS if row.name in ("raw pixels", "same encoder, random")]
+    evidence.run("emoji", rows, [0], None)
+    old = "before\n<!-- evidence emoji -->\nold\n<!-- end of evidence emoji -->\nafter\n"
+    new = evidence.written(old)
+    assert new.startswith("before\n<!-- evidence emoji -->\nAccuracy with 5 ") and new.endswith(
+        "|\n\n<!-- end of evidence emoji -->\nafter\n"
+    )
+    assert "old" not in new and "| raw pixels | 1 | - | - | " in new and evidence.written(new) == new
+
+
+@pytest.mark.slow
+def test_the_tables_in_the_benchmarks_are_those_of_the_files():
+    text = evidence.README.read_text(encoding="utf-8")
+    assert text.count("<!-- evidence ") == 3 and evidence.written(text) == text
