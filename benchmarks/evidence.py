@@ -47,7 +47,8 @@ RESULTS = Path(__file__).resolve().parent / "evidence"
 RUNS = Path("outputs/evidence")
 README = Path(__file__).resolve().parent / "README.md"
 LABELS, DRAWS = (5, 10, 50, 500), 5
-COLUMNS = {"mean": "mean-pooled", "layers": "all layers", "grid": "grid", "knn": "k-NN", "own": "own layer"}
+COLUMNS = {"mean": "mean-pooled", "layers": "all layers", "grid": "grid", "knn": "k-NN"}  # beside "own" of what is trained with labels
+FIRST = ("the model that ships", "pretrained")  # whose leads are told
 SHIPPED = {"fashion_mnist_mini": "fashion", "fashion_mnist": "fashion", "emoji_64": "emoji"}  # by set, the model that ships for it
 SETS = ("fashion_mnist_mini", "emoji", "emoji_64", "fashion_mnist")
 SEEN = 90_000  # images that a training with labels sees, within MOST passes
@@ -188,6 +189,7 @@ def random_stem(judge: Judge, seed: int) -> Features:
 
 
 def begun(cfg: IJepaConfig, kind: type[IJEPA_base]) -> IJEPA_base:
+    """A model of one's own, its weights drawn by the config's seed."""
     torch.manual_seed(cfg.hardware.seed)
     return kind(cfg)
 
@@ -209,10 +211,9 @@ def pretrained_model(judge: Judge, seed: int, crops: bool = True, stem: bool = F
     cfg.hardware.output_dir = str(
         RUNS / f"{cfg.data.dataset}-{cfg.model.img_size}{'' if crops else '-no-crops'}{'-stem' if stem else ''}-{seed}"
     )
-    if not stem:
-        return launch_pretraining(cfg, resume="auto").model
-    cfg.optimizer.epochs = round(cfg.optimizer.epochs / STEM_COST)
-    return launch_pretraining(cfg, resume="auto", model=begun(cfg, WithStem)).model
+    if stem:
+        cfg.optimizer.epochs = round(cfg.optimizer.epochs / STEM_COST)
+    return launch_pretraining(cfg, resume="auto", model=begun(cfg, WithStem) if stem else None).model
 
 
 def shipped(judge: Judge) -> nn.Module:
@@ -426,23 +427,18 @@ def table(name: str) -> Iterator[str]:
     """A set's tables in Markdown: accuracies in percent with their intervals, and how far ahead of each row the pretrained encoders are."""
     found = kept(name)
     own = {row.name for row in ROWS if row.trained}
-    readings = [column for column in COLUMNS if column != "own"]
     for labels in LABELS:
         yield f"\nAccuracy with {labels} labelled images of each class:\n"
-        yield "| | seeds | " + " | ".join(COLUMNS[column] for column in readings) + " |\n|---|---:|" + "---:|" * len(readings)
+        yield "| | seeds | " + " | ".join(COLUMNS.values()) + " |\n|---|---:|" + "---:|" * len(COLUMNS)
         for row, results in found.items():
-            cells = [shown(cube(results, labels, column)) for column in readings]
+            cells = [shown(cube(results, labels, column)) for column in COLUMNS]
             if row in own:  # one reading, its own, stands under the first
                 cells[0] = shown(cube(results, labels, "own"))
             yield f"| {row} | {'one a draw' if row in own else len(results)} | " + " | ".join(cells) + " |"
     yield from leads(found, "whole encoder, with labels", "own", [f"{first}, then with labels" for first in FIRST], of_first=True)
-    for first in FIRST:
-        for column in readings:
-            others = [row for row in found if row != first and row not in FIRST and not row.endswith("then with labels")]
-            yield from leads(found, first, column, others)
-
-
-FIRST = ("the model that ships", "pretrained")
+    others = [row for row in found if row not in FIRST and not row.endswith("then with labels")]
+    for first, column in itertools.product(FIRST, COLUMNS):
+        yield from leads(found, first, column, others)
 
 
 def shown(values: Tensor | None) -> str:

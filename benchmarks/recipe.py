@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.evidence import begun
 from benchmarks.objectives import judge_of_trials
 from benchmarks.stems import WithStem
 from wejepa.config import IJepaConfig, default_config
@@ -175,12 +176,11 @@ def run_one(name: str, seed: int, epochs: int) -> dict:
     ratio = 1.0 if name == "base" else cost(trial, judge.train)
     cfg = trial.config(seed)
     cfg.optimizer.epochs = max(1, round(epochs / ratio))
-    torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         cfg.hardware.output_dir = folder
         start = time.process_time()
         options = {"loss": trial.loss} if trial.loss else {}
-        model = launch_pretraining(cfg, source=judge.train, model=trial.model(cfg), monitor=lambda model: {}, **options).model
+        model = launch_pretraining(cfg, source=judge.train, model=begun(cfg, trial.model), monitor=lambda model: {}, **options).model
         spent = time.process_time() - start
     scores = {kind: share_right(judge.right(model.encoder(kind))) for kind in ("teacher", "student")}
     return {"trial": name, "seed": seed, "of": epochs, "epochs": cfg.optimizer.epochs, "cost": ratio, "cpu": spent, "scores": scores}
