@@ -170,10 +170,17 @@ MUTATIONS = (
         ("test_pretrain.py::test_the_teacher_follows_with_the_schedules_momentum",),
     ),
     Mutation(
+        "Muon forgets its momentum",
+        "wejepa/train/muon.py",
+        'self.state[p]["exp_avg"].copy_(momentum)',
+        "pass",
+        ("test_muon.py::test_a_matrix_follows_its_momentum_and_all_else_adamw",),
+    ),
+    Mutation(
         "AdamW's own betas",
         "wejepa/train/loop.py",
-        "betas=self.cfg.optimizer.betas, ",
-        "",
+        "return torch.optim.AdamW(groups, betas=betas, fused=True)",
+        "return torch.optim.AdamW(groups, fused=True)",
         ("test_pretrain.py::test_the_optimizer_remembers_ten_gradients_and_twenty_squares",),
     ),
     Mutation(

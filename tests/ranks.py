@@ -173,6 +173,9 @@ def main(folder: Path) -> None:
     cfg = tiny_config(folder / "accumulated")
     cfg.optimizer.accumulation_steps = 2
     results["accumulated"] = train(cfg)
+    cfg = tiny_config(folder / "muon")
+    cfg.optimizer.kind = "muon"
+    results["muon"] = train(cfg)
     results["broken"] = train(tiny_config(folder / "broken"), break_synchronisation=True)
     cfg = tiny_config(folder / "sharded")
     cfg.hardware.shard_model = True

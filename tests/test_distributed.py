@@ -62,6 +62,13 @@ def test_two_processes_with_half_the_batch_each_see_the_losses_of_one(alone, tog
     torch.testing.assert_close(torch.tensor(together[name]["weights"]), torch.tensor(alone["weights"]), rtol=0, atol=5e-3)
 
 
+def test_two_processes_make_the_run_of_one_by_muon(together, tmp_path):
+    cfg = tiny_config(tmp_path)
+    cfg.optimizer.kind = "muon"
+    assert together["muon"]["same_weights"]
+    assert relative_difference(together["muon"]["losses"], train(cfg)["losses"]) < 1e-5
+
+
 def test_gradients_that_are_not_averaged_are_noticed(alone, together):
     """The comparison above has to fail on a run whose processes each go their own way."""
     assert relative_difference(together["broken"]["losses"], alone["losses"]) > 1e-2

@@ -206,8 +206,13 @@ class ModelConfig(Section):
 
 @dataclass
 class OptimizerConfig(Section):
-    """AdamW and the four schedules (I-JEPA, appendix A.1)."""
+    """AdamW, or Muon beside it, and the four schedules (I-JEPA, appendix A.1)."""
 
+    kind: str = setting(
+        "adamw",
+        "adamw, as in the paper; or muon, which takes other steps for the matrices of transformer blocks",
+        choices=("adamw", "muon"),
+    )
     epochs: int = setting(30, "passes over the training images", low=1)
     warmup_epochs: float = setting(1.0, "epochs in which the learning rate rises from start to base", low=0)
     start_learning_rate: float = setting(1e-4, "learning rate at the first step", low=0, high=10)
@@ -233,7 +238,7 @@ class HardwareConfig(Section):
     seed: int = setting(0, "the run's only source of randomness", low=0, high=2**31 - 1)
     device: str = setting("auto", "cpu, cuda, mps, or auto for the best one present")
     mixed_precision: bool = setting(True, "matrix products in bfloat16 wherever the device computes it natively, in float16 on other GPUs")
-    compile_model: bool = setting(False, "torch.compile the step: slow to start, pays in long runs")
+    compile_model: bool = setting(False, "torch.compile the step: slow to start; measure whether it pays")
     shard_model: bool = setting(False, "spread weights over the processes (FSDP2): for models too large for one device")
     checkpoint_every: int = setting(10, "epochs between checkpoints; the last epoch always writes one", low=1)
     checkpoint_minutes: float = setting(10.0, "minutes between checkpoints within an epoch; 0 for none", low=0)
@@ -353,6 +358,11 @@ class IJepaConfig:
                 )
         if o.warmup_epochs > o.epochs:
             raise ConfigError(f"optimizer.warmup_epochs = {o.warmup_epochs} is longer than optimizer.epochs = {o.epochs}: make it shorter")
+        if o.kind == "muon" and self.hardware.shard_model:
+            raise ConfigError(
+                "optimizer.kind = 'muon' needs whole matrices, which hardware.shard_model = true spreads over processes: "
+                "take optimizer.kind 'adamw', or shard_model false"
+            )
         if o.momentum_teacher > o.momentum_teacher_final:
             raise ConfigError(
                 f"optimizer.momentum_teacher = {o.momentum_teacher} is above optimizer.momentum_teacher_final = "
@@ -373,7 +383,8 @@ class IJepaConfig:
             f"{k.target_scale[0]:g} to {k.target_scale[1]:g} of the image" + (f"; {k.num_contexts} times" if k.num_contexts > 1 else ""),
             "encoder": kind + (f", begun from {m.start_from}" if m.start_from else ""),
             "predictor": f"width {m.pred_dim}, depth {m.pred_depth}" + (", one sequence a target block" if m.blockwise_prediction else ""),
-            "optimizer": f"{o.epochs} epochs, rate {o.start_learning_rate:g} -> {o.base_learning_rate:g} -> {o.final_learning_rate:g}, "
+            "optimizer": ("Muon, " if o.kind == "muon" else "")
+            + f"{o.epochs} epochs, rate {o.start_learning_rate:g} -> {o.base_learning_rate:g} -> {o.final_learning_rate:g}, "
             f"decay {o.weight_decay:g} -> {o.final_weight_decay:g}, momentum {o.momentum_teacher:g} -> {o.momentum_teacher_final:g}",
             "hardware": f"device {h.device}, {'bfloat16 where native' if h.mixed_precision else 'float32'}, seed {h.seed}, "
             f"output in {h.output_dir}",

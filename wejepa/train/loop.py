@@ -29,6 +29,7 @@ from wejepa.train.callbacks import Callback, LogFile, Monitor, tensorboard_write
 from wejepa.train.checkpoints import MOMENTS, Expected, own_parts
 from wejepa.train.folder import LOG, CheckpointFolder, resume_from
 from wejepa.train.interruption import Interruption, RunInterrupted, RunStopped
+from wejepa.train.muon import Muon
 from wejepa.train.ranks import Ranks, gathered, shard, spread_like
 from wejepa.train.schedules import Schedule
 
@@ -127,7 +128,7 @@ class Pretraining:
         self.loss = self.ranks.wrap(IJepaLoss(self.model, loss), h.shard_model)
         if h.compile_model:
             self.loss = torch.compile(self.loss)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), betas=self.cfg.optimizer.betas, fused=True)
+        self.optimizer = optimizer_of(self.model, self.cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         if state is not None:
             self._set_moments(state["moments"], self.step - state.get("skipped", 0))
@@ -407,6 +408,20 @@ def check_parts(cfg: IJepaConfig, ranks: Ranks) -> None:
         tensorboard_writer()
     if cfg.hardware.shard_model and not torch.distributed.is_initialized():
         raise ConfigError("hardware.shard_model = true needs several processes: start them with torchrun, or set it to false")
+
+
+def optimizer_of(model: nn.Module, cfg: IJepaConfig) -> torch.optim.AdamW:
+    """What descends, by `optimizer.kind`; Muon's own steps are for the matrices of transformer blocks, queries, keys and values in one."""
+    groups, betas = parameter_groups(model), cfg.optimizer.betas
+    if cfg.optimizer.kind == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, fused=True)
+    in_blocks = {p for name, p in model.named_parameters() if ".blocks." in name}
+    parts: dict[tuple[bool, bool], list[Tensor]] = {}
+    for group in groups:
+        for p in group["params"]:
+            matrix = group["decays"] and p.ndim == 2 and p in in_blocks
+            parts.setdefault((group["decays"], matrix), []).append(p)
+    return Muon([{"params": ps, "decays": decays, "matrices": matrices} for (decays, matrices), ps in parts.items()], betas)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
