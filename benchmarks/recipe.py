@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.evidence import begun
+from benchmarks.evidence import MUON_MOMENTUM, begun
 from benchmarks.objectives import judge_of_trials
 from benchmarks.stems import WithStem
 from wejepa.config import IJepaConfig, default_config
@@ -135,6 +135,8 @@ class Trial:
         return cfg
 
 
+MUON = {"optimizer.kind": "muon"}
+SHORTER = {"optimizer.momentum_teacher_final": MUON_MOMENTUM}  # an average over fewer steps at the end
 TRIALS = {
     "base": Trial({}),
     "convolutional stem": Trial({}, WithStem),
@@ -146,6 +148,11 @@ TRIALS = {
     "stem, visible tokens beside": Trial({}, WithStemAndVisible),
     "stem, rate 3e-3": Trial({"optimizer.base_learning_rate": 3e-3}, WithStem),
     "stem, two contexts": Trial({"mask.num_contexts": 2}, WithStem),
+    "teacher to 0.996": Trial(SHORTER),
+    "Muon": Trial(MUON),
+    "Muon, teacher to 0.996": Trial(MUON | SHORTER),
+    "stem, Muon, teacher to 0.996": Trial(MUON | SHORTER, WithStem),
+    "visible tokens beside, Muon, teacher to 0.996": Trial(MUON | SHORTER, WithVisible),
 }
 
 

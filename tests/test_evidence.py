@@ -38,6 +38,7 @@ def test_every_row_is_judged_kept_and_compared(small, tmp_path):
         "oriented gradients",
         "the model that ships",
         "the model that ships, then with labels",
+        "pretrained by Muon, five minutes",
     }
     evidence.run("emoji", rows, [0, 1], None)
     found = evidence.kept("emoji")
