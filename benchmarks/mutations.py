@@ -179,8 +179,8 @@ MUTATIONS = (
     Mutation(
         "AdamW's own betas",
         "wejepa/train/loop.py",
-        "return torch.optim.AdamW(groups, betas=betas, fused=True)",
-        "return torch.optim.AdamW(groups, fused=True)",
+        "[decaying, others], betas=cfg.optimizer.betas, ",
+        "[decaying, others], ",
         ("test_pretrain.py::test_the_optimizer_remembers_ten_gradients_and_twenty_squares",),
     ),
     Mutation(

@@ -412,16 +412,13 @@ def check_parts(cfg: IJepaConfig, ranks: Ranks) -> None:
 
 def optimizer_of(model: nn.Module, cfg: IJepaConfig) -> torch.optim.AdamW:
     """What descends, by `optimizer.kind`; Muon's own steps are for the matrices of transformer blocks, queries, keys and values in one."""
-    groups, betas = parameter_groups(model), cfg.optimizer.betas
+    decaying, others = parameter_groups(model)
     if cfg.optimizer.kind == "adamw":
-        return torch.optim.AdamW(groups, betas=betas, fused=True)
-    in_blocks = {p for name, p in model.named_parameters() if ".blocks." in name}
-    parts: dict[tuple[bool, bool], list[Tensor]] = {}
-    for group in groups:
-        for p in group["params"]:
-            matrix = group["decays"] and p.ndim == 2 and p in in_blocks
-            parts.setdefault((group["decays"], matrix), []).append(p)
-    return Muon([{"params": ps, "decays": decays, "matrices": matrices} for (decays, matrices), ps in parts.items()], betas)
+        return torch.optim.AdamW([decaying, others], betas=cfg.optimizer.betas, fused=True)
+    in_blocks = {p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2}
+    matrices = [p for p in decaying["params"] if p in in_blocks]
+    decaying["params"] = [p for p in decaying["params"] if p not in in_blocks]
+    return Muon([{"params": matrices, "decays": True, "matrices": True}, decaying, others], cfg.optimizer.betas)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

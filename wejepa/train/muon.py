@@ -1,8 +1,8 @@
 """Muon (Jordan et al., 2024), another optimizer for the matrices of transformer blocks: `optimizer.kind = "muon"`.
 
 It gives each matrix a step whose singular values are all about one: directions that the gradient hardly holds move as far as those that
-dominate it. torch.optim.Muon does that too, for one matrix after another and in bfloat16. At the default config that adds 6 ms to a step of
-40 where the processor has bfloat16, and 62 to a step of 80 where it has not; the lines below add 3 to either.
+dominate it. torch.optim.Muon does that too, for one matrix after another and in bfloat16. A training step of the default config takes some
+40 ms with bfloat16 and 75 without. To that torch's adds 6 where the processor has bfloat16 and 62 where it has not; the lines below add 5.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]):
-        super().__init__(groups, betas=betas, fused=True)
+        super().__init__([{"matrices": False} | group for group in groups], betas=betas, fused=True)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -38,7 +38,7 @@ class Muon(torch.optim.AdamW):
         alike = defaultdict(list)
         for group in self.param_groups:
             for p in group["params"]:
-                if group.get("matrices") and p.grad is not None:
+                if group["matrices"] and p.grad is not None:
                     alike[p.shape].append((p, p.grad, group["lr"], group["weight_decay"]))
                     p.grad = None  # AdamW leaves out what has none
         super().step()
