@@ -1,6 +1,7 @@
 """The protocol with intervals: what is kept, merged and compared, and that every row of it can be judged."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ def test_every_row_is_judged_kept_and_compared(small, tmp_path):
         "oriented gradients",
         "the model that ships",
         "the model that ships, then with labels",
+        "the model that ships, by Muon",
         "pretrained by Muon, five minutes",
     }
     evidence.run("emoji", rows, [0, 1], None)
@@ -108,7 +110,7 @@ def test_rows_are_compared_image_by_image():
 
 
 def test_the_model_that_ships_is_judged_on_its_own_set(small, monkeypatch):
-    rows = [row for row in evidence.ROWS if row.name.startswith("the model that ships")]
+    rows = [row for row in evidence.ROWS if row.name.startswith("the model that ships") and "emoji_64" in row.sets]
     evidence.run("emoji", rows, [0], None)
     assert evidence.kept("emoji") == {}  # it reads other images
     monkeypatch.setattr(evidence, "SHIPPED", {"fashion_mnist_mini": "fashion"})
@@ -118,6 +120,15 @@ def test_the_model_that_ships_is_judged_on_its_own_set(small, monkeypatch):
     found = evidence.kept("fashion_mnist_mini")
     assert [len(found[row.name]) for row in rows + pixels] == [1, 1, 1]
     assert any("the model that ships, grid, is ahead of" in line for line in evidence.table("fashion_mnist_mini"))
+
+
+def test_the_model_that_ships_by_muon_is_trained_as_that_but_for_the_optimizer(small, monkeypatch):
+    made, asked = evidence.load_pretrained("fashion"), []
+    monkeypatch.setattr(evidence, "launch_pretraining", lambda cfg, resume: asked.append(cfg) or SimpleNamespace(model=made))
+    assert evidence.shipped_by_muon(small, 0).keys() == evidence.read(small, made.teacher_encoder).keys()
+    before, after = (cfg.to_dict() for cfg in (made.cfg, asked[0]))
+    changed = {(part, name) for part in before for name in before[part] if before[part][name] != after[part][name]}
+    assert changed == {("data", "dataset"), ("hardware", "output_dir"), ("optimizer", "kind"), ("optimizer", "momentum_teacher_final")}
 
 
 def test_each_set_is_read_at_its_own_size():
