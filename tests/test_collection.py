@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tqdm.auto
 from PIL import Image
 
 from benchmarks.collection import of_numbers, places
@@ -338,6 +339,23 @@ def test_damaged_files_are_named_and_passed_over(folder, model, tmp_path, encode
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert "08.jpg" in Collection.build(model, folder, tmp_path / "photos.safetensors").names and sum(encoded) == 1
+
+
+def test_the_bar_reaches_its_end_past_damaged_files(folder, model, monkeypatch):
+    """JupyterLab shows a bar that ends short in red and leaves it there."""
+    (folder / "03a.jpg").write_bytes(b"\xff\xd8 no image")
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    bars = []
+
+    class Bar(tqdm.auto.tqdm):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    with pytest.warns(UserWarning, match=r"03a.jpg cannot be read"):
+        Collection.build(model, folder)
+    assert (COUNT + 1, COUNT + 1) in bars
 
 
 def test_other_processes_decode_the_same(folder, model):

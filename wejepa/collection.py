@@ -411,6 +411,7 @@ def embedded(model: IJEPA_base, source, index: Tensor, pooling: str) -> Iterator
                 raise DataError("the encoder gives numbers that are not finite, or beyond float16: take another checkpoint")
             yield numbers, cells
             bar.update(len(numbers))
+        bar.update(bar.total - bar.n)  # those that cannot be read: a bar that ends short is shown as a failure
 
 
 def readable_batches(source, index: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
