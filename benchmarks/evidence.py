@@ -220,20 +220,23 @@ def pretrained_model(
     return launch_pretraining(cfg, resume="auto", model=begun(cfg, WithStem) if stem else None).model
 
 
+def shipped_name(judge: Judge) -> str:
+    """Of the model that ships for such images."""
+    cfg = judge.config
+    return SHIPPED[cfg.data.dataset if cfg.model.img_size == 32 else f"{cfg.data.dataset}_{cfg.model.img_size}"]
+
+
 def shipped(judge: Judge) -> nn.Module:
     """The teacher of the model that ships for such images."""
-    cfg = judge.config
-    return load_pretrained(
-        SHIPPED[cfg.data.dataset if cfg.model.img_size == 32 else f"{cfg.data.dataset}_{cfg.model.img_size}"]
-    ).teacher_encoder
+    return load_pretrained(shipped_name(judge)).teacher_encoder
 
 
 def shipped_by_muon(judge: Judge, seed: int) -> Features:
-    """The model that ships for the clothes, trained anew by Muon: 40 minutes of one core."""
-    cfg = IJepaConfig.from_dict(pretrained_facts("fashion")["config"])
+    """That model trained anew by Muon: some 40 minutes of one core."""
+    cfg = IJepaConfig.from_dict(pretrained_facts(shipped_name(judge))["config"])
     cfg.data.dataset, cfg.data.root = judge.config.data.dataset, judge.config.data.root
     cfg.optimizer.kind, cfg.optimizer.momentum_teacher_final = "muon", MUON_MOMENTUM
-    cfg.hardware.output_dir = str(RUNS / "fashion-that-ships-muon")
+    cfg.hardware.output_dir = str(RUNS / f"{shipped_name(judge)}-that-ships-muon")
     return read(judge, launch_pretraining(cfg, resume="auto").model.teacher_encoder)
 
 
@@ -278,7 +281,7 @@ ROWS = (
     Row("pretrained without crops", pretrained(crops=False)),
     Row("pretrained with a stem, as long", pretrained(stem=True)),
     Row("pretrained by Muon, as long", pretrained(muon=True)),
-    Row("the model that ships, by Muon", shipped_by_muon, seeds=False, sets=("fashion_mnist",)),
+    Row("the model that ships, by Muon", shipped_by_muon, seeds=False, sets=("fashion_mnist", "emoji_64")),
     Row("pretrained by Muon, five minutes", pretrained(muon=True, epochs=43), sets=("fashion_mnist",)),
     Row("same encoder, random", random),
     Row("same encoder with a stem, random", random_stem),

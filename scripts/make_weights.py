@@ -2,6 +2,7 @@
 
     python scripts/make_weights.py train fashion --root FOLDER    # hours on one core; the same command goes on with a run that was stopped
     python scripts/make_weights.py write fashion                  # after it
+    python scripts/make_weights.py choose emoji RUN RUN ...       # folders of runs, compared without a test image
 
 FOLDER holds Fashion-MNIST's four files in FashionMNIST/raw/, unpacked: all 60,000 training images are learnt from, without their labels.
 What is written is `fashion.safetensors`, all weights rounded to float16, and `fashion.json`: the config, how
@@ -16,13 +17,15 @@ import platform
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from wejepa.analysis.features import knn_predictions
 from wejepa.config import IJepaConfig, default_config
 from wejepa.data.embedded import ASSETS
 from wejepa.files import replaced
 from wejepa.train.checkpoints import load_checkpoint, load_model
-from wejepa.train.finetune import FinetuneConfig, Judge, untrained
+from wejepa.train.finetune import FinetuneConfig, Judge, fit_probe, untrained
 from wejepa.train.pretrain import launch_pretraining
 
 LICENCE = "MIT, as wejepa. Trained on {}."
@@ -79,16 +82,43 @@ def write(name: str, run: Path) -> None:
         print(f'    "{written.name}": "{hashlib.sha256(written.read_bytes()).hexdigest()}",')
 
 
+def choose(name: str, runs: list[Path]) -> None:
+    """Judge trained models by their training images alone: each fifth is told by probes on the other four.
+
+    Images 2 i and 2 i + 1, of emoji both drawings of one, are in the same fifth. "pairs" is how often each is the nearest of all to the
+    other, by the cells of the grid.
+    """
+    protocol = FinetuneConfig(labels_per_class=0)
+    for run in runs:
+        model = load_model(run / "latest.pt")
+        model.cfg.data.dataset, model.cfg.data.root = MODELS[name][1], "data"
+        judge = Judge(protocol, model.cfg)
+        fifth, right = judge.index // 2 % 5, dict.fromkeys(("mean", "layers", "grid", "knn", "pairs"), 0)
+        features = {pooling: x for pooling, (x, _) in judge.features(model.encoder(), ("mean", "layers", "grid")).items()}
+        for held in range(5):
+            rest, own, y = fifth != held, fifth == held, judge.train_y
+            for pooling, x in features.items():
+                right[pooling] += (fit_probe(x[rest], y[rest], x[own], y[own], protocol).predictions == y[own]).sum().item()
+            right["knn"] += (knn_predictions(features["grid"][rest], y[rest], features["grid"][own]) == y[own]).sum().item()
+        cells = F.normalize(features["grid"] - features["grid"].mean(0), dim=1)
+        nearest = (cells @ cells.T).fill_diagonal_(-1).argmax(1)
+        right["pairs"] = (judge.index[nearest] == judge.index ^ 1).sum().item()
+        print(run.name, {reading: round(100 * count / len(judge.index), 1) for reading, count in right.items()}, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train and write the models that ship with wejepa.")
-    parser.add_argument("command", choices=("train", "write"))
+    parser.add_argument("command", choices=("train", "write", "choose"))
     parser.add_argument("name", choices=tuple(MODELS))
+    parser.add_argument("runs", nargs="*", type=Path, help="the folders of the runs to choose from")
     parser.add_argument("--root", default="data", help="the folder with FashionMNIST/raw/")
     args = parser.parse_args()
     cfg = config_of(args.name, args.root)
     if args.command == "train":
         torch.set_num_threads(1)
         launch_pretraining(cfg, resume="auto")
+    elif args.command == "choose":
+        choose(args.name, args.runs)
     else:
         write(args.name, Path(cfg.hardware.output_dir))
 

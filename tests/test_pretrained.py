@@ -1,5 +1,6 @@
 """The models that ship: whole, small, better than random ones, and refused when tampered with."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -110,10 +111,15 @@ def test_its_name_serves_where_a_checkpoint_is_asked_for(tmp_path, monkeypatch, 
     assert load_checkpoint("fashion")["source"] == "a test"
 
 
-def test_the_script_writes_what_it_trained(tmp_path, monkeypatch):
+@pytest.fixture
+def script():
     spec = importlib.util.spec_from_file_location("make_weights", ROOT / "scripts" / "make_weights.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_writes_what_it_trained(tmp_path, monkeypatch, script):
     assert script.config_of("fashion", "data").to_dict()["data"]["dataset"] == "fashion_mnist"
     monkeypatch.setattr(script, "ASSETS", tmp_path)
     cfg = default_config()
@@ -127,6 +133,26 @@ def test_the_script_writes_what_it_trained(tmp_path, monkeypatch):
     assert {name: value.half() for name, value in trained.state_dict().items()}.keys() == written.keys()
     assert all(torch.equal(value.half(), written[name]) for name, value in trained.state_dict().items())
     assert len(json.loads((tmp_path / "fashion.json").read_text())["history"]) == 1
+
+
+def test_runs_are_chosen_without_one_drawing_telling_the_other(tmp_path, monkeypatch, script, capsys):
+    """Features that tell which emoji it is, and nothing of its class, find every twin and no class."""
+    save_model(tmp_path / "latest.pt", IJEPA_base(default_config()), "a test")
+    emoji = torch.randn(200, 256, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 0)
+    classes = torch.randint(8, (200,), generator=torch.Generator().manual_seed(1)).repeat_interleave(2)
+
+    class Known:
+        def __init__(self, protocol, cfg):
+            self.index, self.train_y = torch.arange(400), classes
+
+        def features(self, encoder, poolings):
+            return {pooling: (emoji, None) for pooling in poolings}
+
+    monkeypatch.setattr(script, "Judge", Known)
+    script.choose("emoji", [tmp_path])
+    found = ast.literal_eval(capsys.readouterr().out.removeprefix(tmp_path.name))
+    assert found.pop("pairs") == 100 and found.keys() == {"mean", "layers", "grid", "knn"}
+    assert max(found.values()) < 30, found  # one in eight by chance; with a drawing on either side nearly all
 
 
 def test_loading_needs_no_training_code():
