@@ -216,8 +216,13 @@ def pretrained_model(
     cfg.hardware.output_dir = str(RUNS / f"{cfg.data.dataset}-{cfg.model.img_size}{changed}-{seed}")
     cfg.optimizer.epochs = epochs or round(cfg.optimizer.epochs / (STEM_COST if stem else 1) / (MUON_COST if muon else 1))
     if muon:
-        cfg.optimizer.kind, cfg.optimizer.momentum_teacher_final = "muon", MUON_MOMENTUM
+        set_muon(cfg)
     return launch_pretraining(cfg, resume="auto", model=begun(cfg, WithStem) if stem else None).model
+
+
+def set_muon(cfg: IJepaConfig) -> None:
+    """Train by Muon, with a teacher whose average ends short."""
+    cfg.optimizer.kind, cfg.optimizer.momentum_teacher_final = "muon", MUON_MOMENTUM
 
 
 def shipped_name(judge: Judge) -> str:
@@ -235,7 +240,7 @@ def shipped_by_muon(judge: Judge, seed: int) -> Features:
     """That model trained anew by Muon: some 40 minutes of one core."""
     cfg = IJepaConfig.from_dict(pretrained_facts(shipped_name(judge))["config"])
     cfg.data.dataset, cfg.data.root = judge.config.data.dataset, judge.config.data.root
-    cfg.optimizer.kind, cfg.optimizer.momentum_teacher_final = "muon", MUON_MOMENTUM
+    set_muon(cfg)
     cfg.hardware.output_dir = str(RUNS / f"{shipped_name(judge)}-that-ships-muon")
     return read(judge, launch_pretraining(cfg, resume="auto").model.teacher_encoder)
 

@@ -85,8 +85,8 @@ def write(name: str, run: Path) -> None:
 def choose(name: str, runs: list[Path]) -> None:
     """Judge trained models by their training images alone: each fifth is told by probes on the other four.
 
-    Images 2 i and 2 i + 1, of emoji both drawings of one, are in the same fifth. "pairs" is how often each is the nearest of all to the
-    other, by the cells of the grid.
+    Images 2 i and 2 i + 1, which are the two drawings of an emoji, are in the same fifth. "pairs" is how often the image nearest to one,
+    by the cells of the grid, is the other of its pair.
     """
     protocol = FinetuneConfig(labels_per_class=0)
     for run in runs:
@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="the folders of the runs to choose from")
     parser.add_argument("--root", default="data", help="the folder with FashionMNIST/raw/")
     args = parser.parse_args()
+    if bool(args.runs) != (args.command == "choose"):
+        parser.error("runs: name the folders of the runs to choose from after choose, and none after train or write")
     cfg = config_of(args.name, args.root)
     if args.command == "train":
         torch.set_num_threads(1)
